@@ -1,0 +1,69 @@
+// Error messages and argument checks shared by every operator: `n3::<op>: <argument> must <rule>, got <value>`.
+// The Python twin is n3kernels/_checks.py; tests compare the two word for word.
+#pragma once
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace n3 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// STD_TORCH_CHECK would print this file's path to the user; a message names the operator and the argument instead.
+template <typename... Args>
+[[noreturn]] void fail(const char* op, const Args&... args) {
+  std::ostringstream message;
+  message << "n3::" << op << ": ";
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+#define N3_CHECK(op, cond, ...)                  \
+  do {                                           \
+    if (!(cond)) ::n3::fail(op, __VA_ARGS__);    \
+  } while (0)
+
+inline std::string shape_str(const Tensor& t) {
+  std::ostringstream s;
+  s << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << ']';
+  return s.str();
+}
+
+// Names as torch prints them, without "torch.".
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+inline void check_floating(const char* op, const char* name, ScalarType t) {
+  N3_CHECK(op, is_floating(t), name, " must be float32, float16 or bfloat16, got ", dtype_name(t));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  N3_CHECK(op, t.scalar_type() == want, name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+}
+
+}  // namespace n3

@@ -1,0 +1,103 @@
+// The one list of operators. Kernels register themselves at the foot of their own file; the references, fake
+// kernels and autograd formulas register from n3kernels/<family>/<op>.py.
+//
+// Conventions: scales are decode scales (multiply to get the value back); tensors that are written carry an alias
+// annotation; random operators take their seed as a tensor, so that a CUDA graph can replay them.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(n3, m) {
+  // ---- nvfp4: e2m1 codes, one e4m3 scale per 16 elements along the last dimension, one fp32 global scale
+  m.def(
+      "nvfp4_quantize(Tensor x, Tensor? global_scale=None, *, str rounding='nearest', bool four_over_six=False, "
+      "str block='1x16', str scale_layout='linear', Tensor? hadamard=None, Tensor? seed=None) "
+      "-> (Tensor q, Tensor block_scale, Tensor global_scale)");
+  m.def(
+      "nvfp4_dequantize(Tensor q, Tensor block_scale, Tensor global_scale, *, ScalarType dtype, "
+      "str scale_layout='linear') -> Tensor");
+  m.def(
+      "nvfp4_linear(Tensor x, Tensor q, Tensor block_scale, Tensor global_scale, Tensor? bias=None, "
+      "str? activation=None) -> Tensor");
+  m.def(
+      "nvfp4_embedding(Tensor ids, Tensor q, Tensor block_scale, Tensor global_scale, *, ScalarType dtype) "
+      "-> Tensor");
+  m.def("nvfp4_swizzle_scale(Tensor block_scale) -> Tensor");
+  m.def("nvfp4_unswizzle_scale(Tensor block_scale, int rows, int cols) -> Tensor");
+
+  // ---- mamba: the Mamba-2 mixer between in_proj and out_proj
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None, *, str? activation=None) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d.slots(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_state, Tensor state_indices, "
+      "Tensor? has_initial=None, Tensor? cu_seqlens=None, *, str? activation=None) -> Tensor");
+  m.def(
+      "causal_conv1d_bwd(Tensor grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, str? activation) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, "
+      "Tensor? state_indices=None, Tensor? dst_state_indices=None, *, str? activation=None) -> Tensor");
+  m.def(
+      "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? cu_seqlens=None, *, int chunk_size=128, "
+      "bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "ssd_scan.slots(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+      "Tensor(a!) state, Tensor state_indices, Tensor? has_initial=None, Tensor? cu_seqlens=None, *, "
+      "int chunk_size=128, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> Tensor");
+  m.def(
+      "ssd_scan_bwd(Tensor grad_y, Tensor? grad_final_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? cu_seqlens, int chunk_size, "
+      "bool dt_softplus, float dt_min, float? dt_max) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ssm_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? dt_bias=None, Tensor? state_indices=None, Tensor? dst_state_indices=None, *, "
+      "bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> Tensor");
+  m.def(
+      "gated_rms_norm(Tensor x, Tensor? z, Tensor weight, int group_size, float eps=1e-5, "
+      "bool norm_before_gate=False) -> Tensor");
+  m.def(
+      "gated_rms_norm_bwd(Tensor grad_y, Tensor x, Tensor? z, Tensor weight, int group_size, float eps, "
+      "bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
+
+  // ---- moe: routing, grouped experts, the LatentMoE layer
+  m.def(
+      "moe_route(Tensor logits, Tensor? bias=None, *, int top_k, int n_group=1, int topk_group=1, "
+      "str score='sigmoid', bool normalize=True, float scale=1.0, Tensor? expert_map=None) "
+      "-> (Tensor ids, Tensor weights, Tensor counts, Tensor flags)");
+  m.def(
+      "moe_sort(Tensor ids, int num_experts, int first_expert=0) "
+      "-> (Tensor order, Tensor offsets, Tensor active, Tensor num_active)");
+  m.def(
+      "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, *, str activation='relu2', "
+      "Tensor? up_scale=None, Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, "
+      "int first_expert=0, Tensor? valid_tokens=None) -> Tensor");
+  m.def(
+      "moe_experts_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, "
+      "str activation, int first_expert) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "latent_moe(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor w_up, Tensor w_down, "
+      "Tensor shared_up, Tensor shared_down, Tensor? fc1=None, Tensor? fc2=None, *, int top_k, int n_group=1, "
+      "int topk_group=1, bool normalize=True, float scale=1.0, str activation='relu2', "
+      "Tensor? up_scale=None, Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, "
+      "Tensor? shared_up_scale=None, Tensor? shared_up_global=None, Tensor? shared_down_scale=None, "
+      "Tensor? shared_down_global=None) -> Tensor");
+
+  // ---- mtp: sampling, draft verification, thinking budget
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor pos, *, Tensor? slot=None, Tensor? temperature=None, "
+      "Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None, Tensor? bitmask=None, "
+      "Tensor? bitmask_row=None, Tensor? forced_token=None, Tensor? bias_ids=None, Tensor? bias_val=None, "
+      "Tensor? bias_cu=None) -> (Tensor tokens, Tensor logprobs, Tensor flags)");
+  m.def(
+      "mtp_verify(Tensor logits, Tensor draft_tokens, Tensor cu_rows, Tensor seed, Tensor pos, *, "
+      "str mode='greedy', int max_drafts, Tensor? slot=None, Tensor? temperature=None, Tensor? top_k=None, "
+      "Tensor? top_p=None, Tensor? min_p=None, Tensor? bitmask=None, Tensor? bitmask_row=None, "
+      "Tensor? forced_token=None, Tensor? bias_ids=None, Tensor? bias_val=None, Tensor? bias_cu=None, "
+      "Tensor? eos_ids=None) "
+      "-> (Tensor tokens, Tensor num_emitted, Tensor last_row, Tensor logprobs, Tensor flags)");
+  m.def(
+      "thinking_budget(Tensor draft_tokens, Tensor cu_rows, Tensor committed_tail, Tensor num_output, "
+      "Tensor active, Tensor budget, Tensor grace, Tensor end_ids, Tensor end_think_ids, "
+      "Tensor newline_bitmask) -> Tensor forced_token");
+}

@@ -1,0 +1,42 @@
+"""Backward operators by recomputation through a reference: the definition of every ``n3::<op>_bwd``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["grads_through", "zeros_for"]
+
+
+def grads_through(
+    fn: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """d(fn)/d(inputs) applied to ``grad_outputs``; an absent input gets an empty gradient, as a schema has no ``None``.
+
+    An operator's kernel runs below autograd: the dispatcher has excluded those keys for the thread. They are let in
+    again for the recomputation.
+    """
+    include = torch._C._dispatch_tls_local_include_set()
+    none = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(include, none), torch.enable_grad():
+        leaves = [t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
+        out = fn(*leaves)
+        outs = (out,) if isinstance(out, Tensor) else tuple(out)
+        pairs = [(o, g) for o, g in zip(outs, grad_outputs, strict=True) if g is not None and o.requires_grad]
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        got = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    grads = []
+    for leaf, original in zip(leaves, inputs, strict=True):
+        grad: Any = next(got) if leaf is not None and leaf.requires_grad else None
+        grads.append(zeros_for(original) if grad is None else grad)
+    return tuple(grads)
+
+
+def zeros_for(t: Tensor | None) -> Tensor:
+    """The gradient that stands for "none": zeros like the input, or an empty tensor for an input that was not given."""
+    return torch.zeros(0) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
