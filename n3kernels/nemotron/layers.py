@@ -1,0 +1,217 @@
+"""The blocks of a Nemotron 3 model on the operators of ``torch.ops.n3``.
+
+Modules and tensors carry the names of the Hugging Face checkpoint, so that a state dict is a checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..mamba import gated_rms_norm
+from .cache import Cache
+from .config import ATTENTION, MAMBA, MLP, MOE, Config
+
+__all__ = ["Block", "Linear", "RMSNorm"]
+
+n3 = torch.ops.n3
+FEW_ROWS = 16  # up to here, rows go one by one through products whose bits would depend on how many there are
+
+
+def by_row(fn, x: Tensor) -> Tensor:
+    """``fn`` on every row alone where there are few: a token's bits then do not depend on the tokens beside it.
+
+    Verification of k drafts and k+1 plain steps must give the same logits. The kernels of n3 promise that by
+    themselves; ``F.linear`` and the references change their order of summation with the number of rows.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() or not 1 < rows.shape[0] <= FEW_ROWS:
+        return fn(x)
+    return torch.cat([fn(row[None]) for row in rows]).unflatten(0, x.shape[:-1])
+
+
+class Linear(nn.Module):
+    """``y = activation(x @ weight.T)``, the weight dense or NVFP4 as ModelOpt stores it; no bias, as in the family."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight.dtype == torch.uint8
+
+    def set_nvfp4(self, q: Tensor, block_scale: Tensor, global_scale: Tensor) -> None:
+        del self.weight
+        self.register_buffer("weight", q)
+        self.register_buffer("weight_scale", block_scale)
+        self.register_buffer("weight_scale_2", global_scale)
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        if self.quantized:
+            return n3.nvfp4_linear(x, self.weight, self.weight_scale, self.weight_scale_2, None, activation)
+        y = by_row(lambda row: F.linear(row, self.weight), x)
+        return F.relu(y).square() if activation == "relu2" else y
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_rms_norm(x, None, self.weight, x.shape[-1], self.eps)
+
+
+class Mamba2(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.in_proj = Linear(c.hidden_size, c.d_inner + c.conv_dim + c.mamba_num_heads)
+        self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim)  # holds weight and bias
+        self.dt_bias = nn.Parameter(torch.zeros(c.mamba_num_heads))
+        self.A_log = nn.Parameter(torch.zeros(c.mamba_num_heads))
+        self.D = nn.Parameter(torch.ones(c.mamba_num_heads))
+        self.norm = RMSNorm(c.d_inner, c.layer_norm_epsilon)
+        self.out_proj = Linear(c.d_inner, c.hidden_size)
+
+    def forward(self, u: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        c = self.config
+        z, xbc, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if cache is None:
+            xbc, _ = n3.causal_conv1d(xbc, weight, bias, activation="silu")
+        elif cache.prefilling:
+            conv, where, fresh = cache.conv[layer], cache.state_slots, cache.has_initial
+            xbc = n3.causal_conv1d.slots(xbc, weight, bias, conv, where, fresh, activation="silu")
+        else:
+            xbc = n3.causal_conv1d_update(
+                xbc, cache.conv[layer], weight, bias, cache.state_slots, cache.draft_slots, activation="silu"
+            )
+        x, B, C = xbc.split([c.d_inner, c.n_groups * c.ssm_state_size, c.n_groups * c.ssm_state_size], dim=-1)
+        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
+        B, C = (t.unflatten(-1, (c.n_groups, c.ssm_state_size)) for t in (B, C))
+        A, D, dt_bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
+        if cache is None:
+            y, _ = n3.ssd_scan(x, dt, A, B, C, D, None, dt_bias, chunk_size=c.chunk_size)
+        elif cache.prefilling:
+            state, where, fresh = cache.ssm[layer], cache.state_slots, cache.has_initial
+            y = n3.ssd_scan.slots(
+                x, dt, A, B, C, D, None, dt_bias, state, where, fresh, chunk_size=c.chunk_size
+            )  # fmt: skip
+        else:
+            y = n3.ssm_update(
+                cache.ssm[layer], x, dt, A, B, C, D, None, dt_bias, cache.state_slots, cache.draft_slots
+            )  # fmt: skip
+        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, c.d_inner // c.n_groups, self.norm.eps)
+        return self.out_proj(y)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without positions: the family has no RoPE, the Mamba layers carry the order."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for proj in self._qkv())
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = cache.attend(layer, q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
+
+    def _qkv(self) -> tuple[Linear, Linear, Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.up_proj = Linear(hidden, intermediate)
+        self.down_proj = Linear(intermediate, hidden)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        return self.down_proj(self.up_proj(x, "relu2"))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked: dense ``[E, out, in]``, or NVFP4 with one global scale per expert."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, width = config, config.moe_latent_size or config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(c.n_routed_experts, c.moe_intermediate_size, width))
+        self.down_proj = nn.Parameter(torch.empty(c.n_routed_experts, width, c.moe_intermediate_size))
+
+    def set_nvfp4(self, name: str, q: Tensor, block_scale: Tensor, global_scale: Tensor) -> None:
+        delattr(self, name)
+        self.register_buffer(name, q)
+        self.register_buffer(f"{name}_scale", block_scale)
+        self.register_buffer(f"{name}_scale_2", global_scale)
+
+    def scales(self) -> dict[str, Tensor | None]:
+        return {
+            f"{side}_{kind}": getattr(self, f"{side}_proj_{suffix}", None)
+            for side in ("up", "down")
+            for kind, suffix in (("scale", "scale"), ("global", "scale_2"))
+        }
+
+
+class Gate(nn.Module):
+    def __init__(self, experts: int, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+
+
+class MoE(nn.Module):
+    """Router and shared expert in the full width, routed experts in the latent width where there is one."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.gate = Gate(c.n_routed_experts, c.hidden_size)
+        self.experts = Experts(c)
+        self.shared_experts = Mlp(c.hidden_size, c.moe_shared_expert_intermediate_size)
+        if c.moe_latent_size:
+            self.fc1_latent_proj = Linear(c.hidden_size, c.moe_latent_size)
+            self.fc2_latent_proj = Linear(c.moe_latent_size, c.hidden_size)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        return by_row(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        c = self.config
+        flat = x.reshape(-1, x.shape[-1])
+        logits = F.linear(flat.float(), self.gate.weight.float())
+        ids, weights, self.load, _ = n3.moe_route(  # load: tokens per expert, which training balances
+            logits, self.gate.e_score_correction_bias, top_k=c.num_experts_per_tok, n_group=c.n_group,
+            topk_group=c.topk_group, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
+        )  # fmt: skip
+        inner = self.fc1_latent_proj(flat) if c.moe_latent_size else flat
+        y = n3.moe_experts(inner, self.experts.up_proj, self.experts.down_proj, ids, weights, **self.experts.scales())
+        y = self.fc2_latent_proj(y) if c.moe_latent_size else y
+        return (y + self.shared_experts(flat)).view_as(x)
+
+
+_MIXERS = {MAMBA: Mamba2, ATTENTION: Attention, MOE: MoE, MLP: lambda c: Mlp(c.hidden_size, c.intermediate_size)}
+
+
+class Block(nn.Module):
+    """``x + mixer(RMSNorm(x))``."""
+
+    def __init__(self, config: Config, kind: str):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = _MIXERS[kind](config)
+
+    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        return x + self.mixer(self.norm(x), cache, layer)
