@@ -2,7 +2,8 @@
 // kernels and autograd formulas register from n3kernels/<family>/<op>.py.
 //
 // Conventions: scales are decode scales (multiply to get the value back); tensors that are written carry an alias
-// annotation; random operators take their seed as a tensor, so that a CUDA graph can replay them.
+// annotation; tensors that autograd may see are positional; random operators take their seed as a tensor, so that a
+// CUDA graph can replay them.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(n3, m) {
@@ -62,26 +63,26 @@ STABLE_TORCH_LIBRARY(n3, m) {
 
   // ---- moe: routing, grouped experts, the LatentMoE layer
   m.def(
-      "moe_route(Tensor logits, Tensor? bias=None, *, int top_k, int n_group=1, int topk_group=1, "
-      "str score='sigmoid', bool normalize=True, float scale=1.0, Tensor? expert_map=None) "
+      "moe_route(Tensor logits, Tensor? bias=None, Tensor? expert_map=None, *, int top_k, int n_group=1, "
+      "int topk_group=1, str score='sigmoid', bool normalize=True, float scale=1.0) "
       "-> (Tensor ids, Tensor weights, Tensor counts, Tensor flags)");
   m.def(
       "moe_sort(Tensor ids, int num_experts, int first_expert=0) "
       "-> (Tensor order, Tensor offsets, Tensor active, Tensor num_active)");
   m.def(
-      "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, *, str activation='relu2', "
-      "Tensor? up_scale=None, Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, "
-      "int first_expert=0, Tensor? valid_tokens=None) -> Tensor");
+      "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, Tensor? up_scale=None, "
+      "Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, Tensor? valid_tokens=None, *, "
+      "str activation='relu2', int first_expert=0) -> Tensor");
   m.def(
       "moe_experts_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, "
       "str activation, int first_expert) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "latent_moe(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor w_up, Tensor w_down, "
-      "Tensor shared_up, Tensor shared_down, Tensor? fc1=None, Tensor? fc2=None, *, int top_k, int n_group=1, "
-      "int topk_group=1, bool normalize=True, float scale=1.0, str activation='relu2', "
+      "Tensor shared_up, Tensor shared_down, Tensor? fc1=None, Tensor? fc2=None, "
       "Tensor? up_scale=None, Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, "
       "Tensor? shared_up_scale=None, Tensor? shared_up_global=None, Tensor? shared_down_scale=None, "
-      "Tensor? shared_down_global=None) -> Tensor");
+      "Tensor? shared_down_global=None, *, int top_k, int n_group=1, int topk_group=1, bool normalize=True, "
+      "float scale=1.0, str activation='relu2') -> Tensor");
 
   // ---- mtp: sampling, draft verification, thinking budget
   m.def(

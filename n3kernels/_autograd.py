@@ -19,11 +19,14 @@ def grads_through(
     """d(fn)/d(inputs) applied to ``grad_outputs``; an absent input gets an empty gradient, as a schema has no ``None``.
 
     An operator's kernel runs below autograd: the dispatcher has excluded those keys for the thread. They are let in
-    again for the recomputation.
+    again for the recomputation, and no others: without the exclusion of the autocast keys, matrix products would be
+    done in bfloat16.
     """
     include = torch._C._dispatch_tls_local_include_set()
-    none = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    with torch._C._ForceDispatchKeyGuard(include, none), torch.enable_grad():
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
         leaves = [t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
         out = fn(*leaves)
         outs = (out,) if isinstance(out, Tensor) else tuple(out)
