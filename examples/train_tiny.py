@@ -114,12 +114,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
 
 
-def train(folder: Path, data: np.ndarray, steps: int, size: int, length: int, peak: float, seed: int) -> Nemotron:
+def train(
+    folder: Path, data: np.ndarray, steps: int, size: int, length: int, peak: float, seed: int
+) -> tuple[Nemotron, float]:
+    """The trained model and the seconds its steps took, over all sessions of a resumed run."""
     torch.manual_seed(seed)
     model = Nemotron(CONFIG)
     model.init_weights()
     optimizers = make_optimizers(model, peak)
-    state, first = folder / "state.pt", 0
+    state, first, spent = folder / "state.pt", 0, 0.0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
         if saved["plan"] != [steps, size, length, peak, seed]:
@@ -127,8 +130,8 @@ def train(folder: Path, data: np.ndarray, steps: int, size: int, length: int, pe
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        first = saved["step"]
-    spent, last_saved = 0.0, time.monotonic()
+        first, spent = saved["step"], saved["seconds"]
+    last_saved = time.monotonic()
     columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
     # A log file gets a line every twenty steps instead of a bar.
     with Progress(*columns, TimeRemainingColumn(), disable=not Console().is_terminal) as progress:
@@ -148,7 +151,7 @@ def train(folder: Path, data: np.ndarray, steps: int, size: int, length: int, pe
             with torch.no_grad():
                 balance(model)
             spent += time.monotonic() - began
-            rate = size * length * (step - first + 1) / spent
+            rate = size * length * (step + 1) / spent
             bits, mtp_bits = main.item() / math.log(2), drafts.item() / math.log(2)
             text = f"loss {bits:.3f} bits, mtp {mtp_bits:.3f}, {rate:.0f} byte/s"
             progress.update(task, advance=1, description=text)
@@ -156,11 +159,11 @@ def train(folder: Path, data: np.ndarray, steps: int, size: int, length: int, pe
                 print(f"step {step + 1}/{steps}: {text}", flush=True)
             if time.monotonic() - last_saved > 120 or step == steps - 1:
                 saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                saved |= {"step": step + 1, "plan": [steps, size, length, peak, seed]}
+                saved |= {"step": step + 1, "seconds": spent, "plan": [steps, size, length, peak, seed]}
                 torch.save(saved, state.with_suffix(".part"))
                 os.replace(state.with_suffix(".part"), state)
                 last_saved = time.monotonic()
-    return model.requires_grad_(False)
+    return model.requires_grad_(False), spent
 
 
 # ---------------------------------------------------------------- evaluation
@@ -241,13 +244,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     data, held_out = read_corpus()
     print(f"{len(data)} training tokens, {sum(map(len, held_out))} held-out bytes in {len(held_out)} files")
-    began = time.monotonic()
-    model = train(out, data, steps, batch, length, lr, seed)
-    trained = time.monotonic() - began
+    model, seconds = train(out, data, steps, batch, length, lr, seed)
     result = {
         "bits_per_byte": evaluate(out, model, data, held_out, eval_bytes),
         "training": {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed},
-        "minutes": round(trained / 60, 1), "python": platform.python_version(), "torch": torch.__version__,
+        "minutes": round(seconds / 60, 1), "python": platform.python_version(), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
