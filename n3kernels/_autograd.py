@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["grads_through", "zeros_for"]
+__all__ = ["grads_through"]
 
 
 def grads_through(
@@ -36,10 +36,8 @@ def grads_through(
     grads = []
     for leaf, original in zip(leaves, inputs, strict=True):
         grad: Any = next(got) if leaf is not None and leaf.requires_grad else None
-        grads.append(zeros_for(original) if grad is None else grad)
+        if grad is None:
+            like = next(t for t in inputs if t is not None)
+            grad = like.new_zeros(0) if original is None else torch.zeros_like(original).contiguous()
+        grads.append(grad)
     return tuple(grads)
-
-
-def zeros_for(t: Tensor | None) -> Tensor:
-    """The gradient that stands for "none": zeros like the input, or an empty tensor for an input that was not given."""
-    return torch.zeros(0) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)

@@ -1,5 +1,17 @@
 """Mamba-2: everything between ``in_proj`` and ``out_proj`` of the mixer."""
 
+from .conv1d import causal_conv1d, causal_conv1d_slots
+from .conv1d_update import causal_conv1d_update
 from .gated_norm import gated_rms_norm
+from .ssd_scan import ssd_scan, ssd_scan_slots
+from .ssm_update import ssm_update
 
-__all__ = ["gated_rms_norm"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_slots",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "ssd_scan",
+    "ssd_scan_slots",
+    "ssm_update",
+]

@@ -23,6 +23,8 @@ from .model import Nemotron
 
 __all__ = ["load", "save"]
 
+INDEX = "model.safetensors.index.json"
+
 # Static scales of activations and of the KV cache: W4A16 computes with unquantised activations and needs none.
 _UNUSED = re.compile(r"\.(input_scale|k_scale|v_scale)$")
 
@@ -31,9 +33,7 @@ class Files:
     """The tensors of a folder of ``*.safetensors`` files, read one at a time; `leftover` are those nobody asked for."""
 
     def __init__(self, folder: Path):
-        paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
+        paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise CheckpointError(f"{folder}: holds no *.safetensors file")
         self.folder, self.handles, self.where = folder, [], {}
@@ -45,11 +45,8 @@ class Files:
             self.handles.append(handle)
             for name in handle.keys():
                 self.where[_canonical(name)] = (handle, name, path)
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            named = set(json.loads(index.read_text()).get("weight_map", {}).values())
-            for missing in sorted(named - {path.name for path in paths}):
-                raise CheckpointError(f"{folder / missing}: no such file, but {index.name} names it")
+        for missing in sorted(_named_in_index(folder) - {path.name for path in paths})[:1]:
+            raise CheckpointError(f"{folder / missing}: no such file, but {INDEX} names it")
         self.leftover = {name for name in self.where if not _UNUSED.search(name)}
 
     def __contains__(self, name: str) -> bool:
@@ -67,6 +64,23 @@ class Files:
             want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise CheckpointError(f"{path}: {stored} must be {want}, got {str(tensor.dtype).removeprefix('torch.')}")
         return tensor
+
+    def read_scalar(self, name: str) -> Tensor:
+        scalar = self.read(name, None, (torch.float32,))
+        if scalar.numel() != 1:
+            raise CheckpointError(f"{self.where[name][2]}: {name} must have 1 element, got {scalar.numel()}")
+        return scalar.reshape(())
+
+
+def _named_in_index(folder: Path) -> set[str]:
+    """The files that the index names; none where there is no index, as for a model in one file."""
+    path = folder / INDEX
+    if not path.is_file():
+        return set()
+    try:
+        return set(json.loads(path.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: must hold a JSON object with a weight_map of tensors to files") from None
 
 
 def _canonical(name: str) -> str:
@@ -91,6 +105,8 @@ def load(
         CheckpointError: a missing, truncated or contradictory file; the message is one line.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = Config.read(folder)
@@ -131,7 +147,7 @@ def _load_linear(files: Files, module: Linear, prefix: str, dtype: torch.dtype, 
         parts = _read_nvfp4(files, prefix, rows, cols)
         module.set_nvfp4(*(t.to(device) for t in parts))
     elif stored == "F8_E4M3":
-        scale = files.read(f"{prefix}.weight_scale", None, (torch.float32,)).reshape(())
+        scale = files.read_scalar(f"{prefix}.weight_scale")
         weight = files.read(name, (rows, cols)).float() * scale
         module.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
     else:
@@ -145,7 +161,7 @@ def _read_nvfp4(files: Files, prefix: str, rows: int, cols: int) -> tuple[Tensor
     block_scale = files.read(f"{prefix}.weight_scale", (rows, cols // 16), (torch.float8_e4m3fn,))
     if block_scale.view(torch.uint8).bitwise_and(0x7F).eq(0x7F).any():
         raise CheckpointError(f"{files.folder}: {prefix}.weight_scale holds NaN; export the checkpoint again")
-    global_scale = files.read(f"{prefix}.weight_scale_2", None, (torch.float32,)).reshape(())
+    global_scale = files.read_scalar(f"{prefix}.weight_scale_2")
     return q, block_scale, global_scale
 
 
@@ -168,7 +184,7 @@ def _load_experts(
 def _read_dense(files: Files, prefix: str, rows: int, cols: int) -> Tensor:
     weight = files.read(f"{prefix}.weight", (rows, cols), (*_DENSE, torch.float8_e4m3fn))
     if weight.dtype == torch.float8_e4m3fn:
-        return weight.float() * files.read(f"{prefix}.weight_scale", None, (torch.float32,)).reshape(())
+        return weight.float() * files.read_scalar(f"{prefix}.weight_scale")
     return weight
 
 
@@ -180,28 +196,31 @@ def save(
 
     Args:
         path: the folder; it is made where it does not exist.
-        nvfp4: says of a linear layer's name (``backbone.layers.0.mixer.in_proj``) whether it is stored as NVFP4.
+        nvfp4: says of a linear layer's name (``backbone.layers.0.mixer.in_proj``) whether it is stored as NVFP4;
+            weights that are packed already stay as they are.
         dtype: of every other weight; ``A_log``, ``D``, ``dt_bias`` and the router's bias stay float32.
     """
     tensors: dict[str, Tensor] = {}
     quantized: list[str] = []
 
-    def add(name: str, weight: Tensor) -> None:
-        if nvfp4(name):
-            q, block_scale, global_scale = torch.ops.n3.nvfp4_quantize(weight.float())
+    def add(name: str, weight: Tensor, *scales: Tensor) -> None:
+        if scales or nvfp4(name):
+            parts = (weight, *scales) if scales else torch.ops.n3.nvfp4_quantize(weight.float())
             quantized.append(name)
-            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = q, block_scale
-            tensors[f"{name}.weight_scale_2"] = global_scale.reshape(())
+            for suffix, part in zip(("", "_scale", "_scale_2"), parts, strict=True):
+                tensors[f"{name}.weight{suffix}"] = part.reshape(()) if suffix == "_scale_2" else part
         else:
             tensors[f"{name}.weight"] = weight.to(dtype)
 
     for prefix, module in model.named_modules():
         if isinstance(module, Linear):
-            add(prefix, module.weight.detach())
+            scales = (module.weight_scale, module.weight_scale_2) if module.quantized else ()
+            add(prefix, module.weight.detach(), *scales)
         elif isinstance(module, Experts):
             for side in ("up_proj", "down_proj"):
-                for e, weight in enumerate(getattr(module, side).detach()):
-                    add(f"{prefix}.{e}.{side}", weight)
+                parts = [getattr(module, side + suffix, None) for suffix in ("", "_scale", "_scale_2")]
+                for e, stored in enumerate(zip(*(part.detach() for part in parts if part is not None), strict=True)):
+                    add(f"{prefix}.{e}.{side}", *stored)
         else:
             for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 keep = name in ("A_log", "D", "dt_bias", "e_score_correction_bias")

@@ -72,6 +72,8 @@ class Config:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(raw, dict):
@@ -99,6 +101,8 @@ class Config:
                 values[field.name] = _typed(field, raw[field.name])
         eos = raw.get("eos_token_id", 2)
         values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(type(token) is int for token in values["eos_token_ids"]):
+            raise CheckpointError(f"eos_token_id must be an int or a list of them, got {eos!r}")
         for name in ("vocab_size", "hidden_size"):
             if name not in values:
                 raise CheckpointError(f"{name} is missing")
@@ -109,28 +113,40 @@ class Config:
     def check(self) -> None:
         """Raises `CheckpointError` where sizes are missing or contradict each other."""
         used = set(self.layers) | set(self.mtp_layers)
+        if MAMBA in self.mtp_layers:
+            raise CheckpointError("mtp_layers_block_type must hold no mamba layer: drafts could not be taken back")
         need = ["vocab_size", "hidden_size"]
-        need += ["num_attention_heads", "num_key_value_heads", "head_dim"] if ATTENTION in used else []
+        need += ["num_attention_heads", "num_key_value_heads", "head_dim"] * (ATTENTION in used)
         need += ["mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"] * (MAMBA in used)
+        need += ["chunk_size"] * (MAMBA in used) + ["intermediate_size"] * (MLP in used)
         need += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"] * (MOE in used)
-        need += ["moe_shared_expert_intermediate_size"] * (MOE in used) + ["intermediate_size"] * (MLP in used)
+        need += ["moe_shared_expert_intermediate_size", "n_group", "topk_group"] * (MOE in used)
         for name in need:
             if getattr(self, name) <= 0:
                 raise CheckpointError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, whole, part in (
-            ("n_groups", self.mamba_num_heads, self.n_groups) if MAMBA in used else (None, 1, 1),
-            ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads)
-            if ATTENTION in used
-            else (None, 1, 1),
-            ("n_group", self.n_routed_experts, self.n_group) if MOE in used else (None, 1, 1),
+        for kind, whole, part in (
+            (MAMBA, "mamba_num_heads", "n_groups"),
+            (ATTENTION, "num_attention_heads", "num_key_value_heads"),
+            (MOE, "n_routed_experts", "n_group"),
         ):
-            if name and whole % part:
-                raise CheckpointError(f"{name} must divide {whole}, got {part}")
-        if MOE in used and self.num_experts_per_tok > self.n_routed_experts:
-            raise CheckpointError(
-                f"num_experts_per_tok must be at most n_routed_experts ({self.n_routed_experts}), "
-                f"got {self.num_experts_per_tok}"
-            )
+            count, size = getattr(self, whole), getattr(self, part)
+            if kind in used and count % size:
+                raise CheckpointError(f"{part} must divide {whole} ({count}), got {size}")
+        if MOE in used:
+            self._check_routing()
+        for token in self.eos_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise CheckpointError(f"eos_token_id must be in [0, {self.vocab_size}), got {token}")
+
+    def _check_routing(self) -> None:
+        if self.moe_latent_size is not None and self.moe_latent_size < 0:
+            raise CheckpointError(f"moe_latent_size must not be negative, got {self.moe_latent_size}")
+        if self.topk_group > self.n_group:
+            raise CheckpointError(f"topk_group must be at most n_group ({self.n_group}), got {self.topk_group}")
+        eligible = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.num_experts_per_tok > eligible:
+            rule = f"num_experts_per_tok must be at most the {eligible} experts of topk_group groups"
+            raise CheckpointError(f"{rule}, got {self.num_experts_per_tok}")
 
     def to_dict(self) -> dict[str, Any]:
         """A ``config.json`` that Hugging Face's ``nemotron_h`` reads too."""
@@ -147,8 +163,10 @@ def _layers(raw: dict[str, Any], names: str, pattern: str) -> tuple[str, ...]:
         kinds, table, key = raw[names], _NAMES, names
     else:
         kinds, table, key = raw.get(pattern) or "", _LETTERS, pattern
+    if not isinstance(kinds, list if table is _NAMES else str):
+        raise CheckpointError(f"{key} must be a {'list' if table is _NAMES else 'string'}, got {kinds!r}")
     for kind in kinds:
-        if kind not in table:
+        if not isinstance(kind, str) or kind not in table:
             raise CheckpointError(f"{key} must hold {', '.join(table)}, got {kind!r}")
     return tuple(table[kind] for kind in kinds)
 

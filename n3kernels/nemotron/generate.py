@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import mtp
+from .._dispatch import batch_invariant
+from .layers import one_by_one
 from .model import Nemotron
 
 __all__ = ["Result", "generate"]
@@ -79,7 +81,8 @@ def generate(
         return Result([[] for _ in prompts], [0] * (drafts + 2), 0.0, 0.0)
     stop = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
     device = model.backbone.embeddings.weight.device
-    room = max(map(len, prompts)) + max_tokens + drafts + 1
+    # A text that is done still feeds drafts + 1 tokens per step, after having ended up to ``drafts`` tokens too long.
+    room = max(map(len, prompts)) + max_tokens + 2 * drafts + 1
     run = _Run(
         model=model, drafts=drafts, text=[list(p) for p in prompts], prompt_lengths=[len(p) for p in prompts],
         cache=model.cache(batch, room, drafts), draft_cache=model.draft_cache(batch, room, drafts) if drafts else None,
@@ -90,8 +93,9 @@ def generate(
     began = time.perf_counter()
     run.prefill()
     middle = time.perf_counter()
-    while not all(run.done):
-        run.step()
+    with one_by_one(), batch_invariant():  # the promise of equal texts holds for batches of any size
+        while not all(run.done):
+            run.step()
     outputs = [t[n : n + max_tokens] for t, n in zip(run.text, run.prompt_lengths, strict=True)]
     return Result(outputs, run.emitted, middle - began, time.perf_counter() - middle)
 

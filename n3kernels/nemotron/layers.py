@@ -5,6 +5,9 @@ Modules and tensors carry the names of the Hugging Face checkpoint, so that a st
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +20,30 @@ __all__ = ["Block", "Linear", "RMSNorm"]
 
 n3 = torch.ops.n3
 FEW_ROWS = 16  # up to here, rows go one by one through products whose bits would depend on how many there are
+_one_by_one = False
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """In a ``with`` block, `by_row` takes every row alone: decode steps of large batches."""
+    global _one_by_one
+    before, _one_by_one = _one_by_one, True
+    try:
+        yield
+    finally:
+        _one_by_one = before
 
 
 def by_row(fn, x: Tensor) -> Tensor:
     """``fn`` on every row alone where there are few: a token's bits then do not depend on the tokens beside it.
 
     Verification of k drafts and k+1 plain steps must give the same logits. The kernels of n3 promise that by
-    themselves; ``F.linear`` and the references change their order of summation with the number of rows.
+    themselves; ``F.linear`` and the references change their order of summation with the number of rows. `one_by_one`
+    does the same for any number of rows.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() or not 1 < rows.shape[0] <= FEW_ROWS:
+    few = rows.shape[0] <= FEW_ROWS or _one_by_one
+    if torch.is_grad_enabled() or rows.shape[0] <= 1 or not few:
         return fn(x)
     return torch.cat([fn(row[None]) for row in rows]).unflatten(0, x.shape[:-1])
 
