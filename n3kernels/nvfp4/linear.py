@@ -24,7 +24,8 @@ def linear(x: Tensor, w: NVFP4Tensor, bias: Tensor | None = None, activation: st
         bits); sums are float32, for every dtype; the global scale, bias and activation are applied in float32, and the
         result is rounded once. Relative L2 error against float64 at K = 2688: below 1e-6 in float32, 2.5e-3 in
         bfloat16. Deterministic; on the CPU a row's bits depend neither on the batch nor on the number of threads.
-        Differentiable in ``x`` and ``bias``; the weights are constants. float64 is served by the reference.
+        Differentiable in ``x`` and ``bias``; the weights are constants. Under ``use_backend("reference")`` float64 is
+        taken too, for gradient checks.
     Raises:
         RuntimeError: a shape, dtype or activation outside the above; the message names argument and values.
     Source: NVIDIA ModelOpt's NVFP4 checkpoints of Nemotron 3; relu2 as in its MLPs and experts (arXiv:2109.08668).
@@ -62,7 +63,7 @@ def _fake(x, q, block_scale, global_scale, bias=None, activation=None):
     return x.new_empty((*x.shape[:-1], q.shape[0]))
 
 
-def _supports(x, *args, **kwargs):
+def _supports_triton(x, *args, **kwargs):
     return "float64 is served by the reference alone" if x.dtype == torch.float64 else None
 
 
@@ -99,7 +100,8 @@ _dispatch.register(
     fake=_fake,
     reference=reference.nvfp4_linear,
     triton="n3kernels.triton_ops.nvfp4.linear:nvfp4_linear",
-    supports={"cpu": _supports, "triton": _supports, "cuda": _supports},
+    # The C++ kernels refuse float64 by themselves: asking in Python would cost every call more than a small product.
+    supports={"triton": _supports_triton},
     setup_context=_setup_context,
     backward=_backward,
 )
