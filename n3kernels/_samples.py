@@ -1,0 +1,230 @@
+"""One small call of every operator: ``SAMPLES[name]()`` gives its arguments, the same on every machine.
+
+`n3kernels doctor` runs them on every backend, the tests put them through ``torch.library.opcheck``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+
+__all__ = ["SAMPLES", "sample"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+SAMPLES: dict[str, Callable[[], Call]] = {}
+
+
+def sample(name: str, device: str = "cpu") -> Call:
+    """Arguments and keyword arguments of the sample call of ``torch.ops.n3.<name>``, tensors on ``device``."""
+    args, kwargs = SAMPLES[name]()
+
+    def place(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tuple(map(place, args)), {name: place(value) for name, value in kwargs.items()}
+
+
+def _of(name: str) -> Callable[[Callable[[_Random], Call]], Callable[[_Random], Call]]:
+    def keep(make: Callable[[_Random], Call]) -> Callable[[_Random], Call]:
+        SAMPLES[name] = lambda: make(_Random())
+        return make
+
+    return keep
+
+
+class _Random:
+    """Draws that depend on nothing but their order."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def weight(self, *shape: int) -> Tensor:
+        """Scaled so that a product keeps the size of what it multiplies."""
+        return self.normal(*shape) * shape[-1] ** -0.5
+
+    def integers(self, most: int, *shape: int) -> Tensor:
+        return torch.randint(most, shape, generator=self.generator, dtype=torch.int32)
+
+    def nvfp4(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights ``[..., N, K]`` in NVFP4; stacked ones have a global scale each."""
+        reference = _dispatch.OPS["nvfp4_quantize"].reference
+        if len(shape) == 2:
+            return reference(self.weight(*shape))
+        parts = [reference(self.weight(*shape[1:])) for _ in range(shape[0])]
+        return tuple(torch.stack(part) for part in zip(*parts, strict=True))
+
+
+def _ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# ---------------------------------------------------------------- nvfp4
+
+
+@_of("nvfp4_quantize")
+def _(r: _Random) -> Call:
+    return (r.normal(3, 64),), {}
+
+
+@_of("nvfp4_dequantize")
+def _(r: _Random) -> Call:
+    return r.nvfp4(5, 48), {"dtype": torch.float32}
+
+
+@_of("nvfp4_linear")
+def _(r: _Random) -> Call:
+    return (r.normal(3, 64), *r.nvfp4(24, 64), r.normal(24), "relu2"), {}
+
+
+@_of("nvfp4_embedding")
+def _(r: _Random) -> Call:
+    return (r.integers(7, 2, 3), *r.nvfp4(7, 32)), {"dtype": torch.float32}
+
+
+@_of("nvfp4_swizzle_scale")
+def _(r: _Random) -> Call:
+    return (r.nvfp4(40, 96)[1],), {}
+
+
+@_of("nvfp4_unswizzle_scale")
+def _(r: _Random) -> Call:
+    swizzle = _dispatch.OPS["nvfp4_swizzle_scale"].reference
+    return (swizzle(r.nvfp4(40, 96)[1]), 40, 6), {}
+
+
+# ---------------------------------------------------------------- mamba: 6 tokens, 4 heads of 8, 2 groups, 16 states
+
+
+@_of("gated_rms_norm")
+def _(r: _Random) -> Call:
+    return (r.normal(3, 32), r.normal(3, 32), r.normal(32), 16), {}
+
+
+@_of("gated_rms_norm_bwd")
+def _(r: _Random) -> Call:
+    return (r.normal(3, 32), r.normal(3, 32), r.normal(3, 32), r.normal(32), 16, 1e-5, False), {}
+
+
+@_of("causal_conv1d")
+def _(r: _Random) -> Call:
+    return (r.normal(2, 6, 12), r.normal(12, 4), r.normal(12), r.normal(2, 12, 3)), {"activation": "silu"}
+
+
+@_of("causal_conv1d.slots")
+def _(r: _Random) -> Call:
+    args = (r.normal(2, 6, 12), r.normal(12, 4), r.normal(12), r.normal(3, 12, 3), _ints(2, 0))
+    return (*args, torch.tensor([True, False])), {"activation": "silu"}
+
+
+@_of("causal_conv1d_bwd")
+def _(r: _Random) -> Call:
+    grads = r.normal(2, 6, 12), r.normal(2, 12, 3)
+    return (*grads, r.normal(2, 6, 12), r.normal(12, 4), r.normal(12), r.normal(2, 12, 3), None, "silu"), {}
+
+
+@_of("causal_conv1d_update")
+def _(r: _Random) -> Call:
+    args = (r.normal(2, 2, 12), r.normal(6, 12, 3), r.normal(12, 4), r.normal(12))
+    return (*args, _ints(0, 1), _ints([2, 3], [4, -1])), {"activation": "silu"}
+
+
+def _scan(r: _Random, tokens: int) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D, z and dt_bias."""
+    x, dt, A = r.normal(2, tokens, 4, 8), r.normal(2, tokens, 4), -torch.rand(4, generator=r.generator) * 8
+    B, C = r.normal(2, tokens, 2, 16), r.normal(2, tokens, 2, 16)
+    return x, dt, A, B, C, r.normal(4), r.normal(2, tokens, 4, 8), r.normal(4) - 2
+
+
+@_of("ssd_scan")
+def _(r: _Random) -> Call:
+    return (*_scan(r, 6), r.normal(2, 4, 8, 16)), {"chunk_size": 4}
+
+
+@_of("ssd_scan.slots")
+def _(r: _Random) -> Call:
+    return (*_scan(r, 6), r.normal(3, 4, 8, 16), _ints(2, 0), torch.tensor([True, False])), {"chunk_size": 4}
+
+
+@_of("ssd_scan_bwd")
+def _(r: _Random) -> Call:
+    grads = r.normal(2, 6, 4, 8), r.normal(2, 4, 8, 16)
+    return (*grads, *_scan(r, 6), r.normal(2, 4, 8, 16), None, 4, True, 0.0, None), {}
+
+
+@_of("ssm_update")
+def _(r: _Random) -> Call:
+    return (r.normal(6, 4, 8, 16), *_scan(r, 2), _ints(0, 1), _ints([2, 3], [4, -1])), {}
+
+
+# ---------------------------------------------------------------- moe: 5 tokens, 8 experts, 2 of them per token
+
+
+@_of("moe_route")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 8), 0.1 * r.normal(8)), {"top_k": 2, "n_group": 4, "topk_group": 2, "scale": 2.5}
+
+
+@_of("moe_sort")
+def _(r: _Random) -> Call:
+    return (r.integers(8, 5, 2) - 1, 4, 2), {}
+
+
+def _experts(r: _Random) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids = torch.stack([torch.randperm(8, generator=r.generator)[:2] for _ in range(5)]).int()
+    return r.normal(5, 32), r.weight(8, 48, 32), r.weight(8, 32, 48), ids, r.normal(5, 2).abs()
+
+
+@_of("moe_experts")
+def _(r: _Random) -> Call:
+    x, _, _, ids, weights = _experts(r)
+    (up, up_scale, up_global), (down, down_scale, down_global) = r.nvfp4(8, 48, 32), r.nvfp4(8, 32, 48)
+    scales = {"up_scale": up_scale, "up_global": up_global, "down_scale": down_scale, "down_global": down_global}
+    return (x, up, down, ids, weights), scales
+
+
+@_of("moe_experts_bwd")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 32), *_experts(r), "relu2", 0), {}
+
+
+@_of("latent_moe")
+def _(r: _Random) -> Call:
+    routed = (r.weight(8, 64), 0.1 * r.normal(8), r.weight(8, 48, 32), r.weight(8, 32, 48))
+    full = (r.weight(80, 64), r.weight(64, 80), r.weight(32, 64), r.weight(64, 32))
+    return (r.normal(5, 64), *routed, *full), {"top_k": 2}
+
+
+# ---------------------------------------------------------------- mtp: 40 tokens of vocabulary
+
+
+@_of("sample")
+def _(r: _Random) -> Call:
+    args = (r.normal(3, 40), torch.tensor([7, 8, 9]), torch.tensor([5, 6, 7]))
+    options = {"top_k": _ints(0, 8, 8), "top_p": torch.tensor([1.0, 0.9, 0.8])}
+    return args, {"temperature": torch.tensor([0.0, 0.7, 1.3]), **options}
+
+
+@_of("mtp_verify")
+def _(r: _Random) -> Call:
+    logits = r.normal(5, 40)
+    drafts = logits.argmax(1).int()
+    drafts[1] = (drafts[1] + 1) % 40  # the second draft of the first request is likely to be refused
+    drafts[[2, 4]] = -1
+    args = (logits, drafts, _ints(0, 3, 5), torch.tensor([7, 8]), torch.tensor([5, 6]))
+    return args, {"max_drafts": 2, "temperature": torch.tensor([0.0, 0.8]), "mode": "coupled"}
+
+
+@_of("thinking_budget")
+def _(r: _Random) -> Call:
+    by_request = {"num_output": _ints(2, 9), "active": _ints(1, 1), "budget": _ints(3, 4), "grace": _ints(0, 2)}
+    tail, end = _ints([7, 8], [8, 9]), _ints(13, 14)
+    args = (_ints(9, 13, -1, 5, -1), _ints(0, 3, 5), tail, *by_request.values(), end, _ints(14), _ints(1 << 9))
+    return args, {}
