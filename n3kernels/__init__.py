@@ -1,8 +1,11 @@
 """Operators of the Nemotron 3 models for PyTorch: ``nvfp4``, ``mamba``, ``moe`` and ``mtp``.
 
-Importing this package loads one C++/CUDA library and registers every operator under ``torch.ops.n3``.
+Importing this package loads one C++/CUDA library and registers every operator under ``torch.ops.n3``. ``N3_LIBRARY``
+names another file than the ``_C.so`` beside this one, such as a build with sanitizers.
 """
 
+import importlib.util
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +16,11 @@ try:
 except PackageNotFoundError:  # a source tree that was built but not installed
     __version__ = "0.0.0"
 
-_library = Path(__file__).parent / "_C.so"
+if importlib.util.find_spec("n3kernels.triton_ops") is None:
+    # A source tree on PYTHONPATH, not installed: triton_ops and benchmarks lie beside this package, not in it.
+    __path__.append(str(Path(__file__).parent.parent))
+
+_library = Path(os.environ.get("N3_LIBRARY") or Path(__file__).parent / "_C.so")
 if not _library.is_file():
     raise ImportError(
         f"n3kernels: the compiled library is missing ({_library}). Build it with "

@@ -2,6 +2,7 @@
 // The Python twin is n3kernels/_checks.py; tests compare the two word for word.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -64,6 +65,42 @@ inline void check_floating(const char* op, const char* name, ScalarType t) {
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
   N3_CHECK(op, t.scalar_type() == want, name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+}
+
+inline std::string shape_str(std::initializer_list<int64_t> sizes) {
+  std::ostringstream s;
+  const char* sep = "[";
+  for (const int64_t size : sizes) s << sep << size, sep = ", ";
+  s << (sizes.size() ? "]" : "[]");
+  return s.str();
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
+  bool same = t.dim() == int64_t(want.size());
+  int64_t i = 0;
+  for (const int64_t size : want) same = same && t.size(i++) == size;
+  N3_CHECK(op, same, name, " must have shape ", shape_str(want), ", got ", shape_str(t));
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t want) {
+  N3_CHECK(op, t.dim() == want, name, " must have ", want, " dimensions, got ", t.dim());
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other, const Tensor& o) {
+  N3_CHECK(op, t.scalar_type() == o.scalar_type(), name, " must have the dtype of ", other, " (",
+           dtype_name(o.scalar_type()), "), got ", dtype_name(t.scalar_type()));
+}
+
+// As torch prints it: "cpu", "cuda:0".
+inline std::string device_str(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "another device:") + std::to_string(t.get_device_index());
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* other, const Tensor& o) {
+  const bool same =
+      t.is_cpu() ? o.is_cpu() : t.is_cuda() == o.is_cuda() && t.get_device_index() == o.get_device_index();
+  N3_CHECK(op, same, name, " must be on the device of ", other, " (", device_str(o), "), got ", device_str(t));
 }
 
 }  // namespace n3

@@ -1,0 +1,205 @@
+// Device helpers without torch: 16-bit floats, vector loads, reductions, asynchronous copies, tensor cores.
+//
+// All inline PTX of the library's plain kernels is here, each beside its meaning in C++: where this file is compiled
+// for a CPU (tests run the kernels under an emulator of blocks and threads), the meaning runs.
+#pragma once
+#include <cfloat>
+#include <cstdint>
+
+#include "numerics.h"
+
+#if !defined(__CUDACC__)
+#include "cuda_emulator.h"  // of tests/cuda_emulator
+#endif
+
+#define N3_DEVICE __device__ __forceinline__
+
+namespace n3::device {
+
+// ---- 16-bit floats
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+N3_DEVICE float widen(float v) { return v; }
+N3_DEVICE float widen(BF16 v) { return bf16_to_float(v.bits); }
+N3_DEVICE float widen(F16 v) {
+#if defined(__CUDACC__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+#else
+  return half_to_float(v.bits);
+#endif
+}
+
+// Two floats to nearest even, `lo` in the lower half of the word.
+template <typename T>
+N3_DEVICE uint32_t pack(float lo, float hi);
+template <>
+N3_DEVICE uint32_t pack<F16>(float lo, float hi) {
+#if defined(__CUDACC__)
+  uint32_t w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+#else
+  return half_from_float(lo) | uint32_t(half_from_float(hi)) << 16;
+#endif
+}
+template <>
+N3_DEVICE uint32_t pack<BF16>(float lo, float hi) {
+#if defined(__CUDACC__)
+  uint32_t w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+#else
+  return bf16_from_float(lo) | uint32_t(bf16_from_float(hi)) << 16;
+#endif
+}
+
+template <typename T>
+N3_DEVICE T narrow(float v) {
+  return T{uint16_t(pack<T>(v, 0.f))};
+}
+template <>
+N3_DEVICE float narrow<float>(float v) {
+  return v;
+}
+
+// ---- 16 neighbouring elements, 16-byte aligned
+
+N3_DEVICE void load16(const float* p, float (&v)[16]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 f = reinterpret_cast<const float4*>(p)[i];
+    v[4 * i] = f.x, v[4 * i + 1] = f.y, v[4 * i + 2] = f.z, v[4 * i + 3] = f.w;
+  }
+}
+
+template <typename T>
+N3_DEVICE void load16(const T* p, float (&v)[16]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint4 u = reinterpret_cast<const uint4*>(p)[i];
+    const uint32_t words[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[8 * i + 2 * j] = widen(T{uint16_t(words[j])});
+      v[8 * i + 2 * j + 1] = widen(T{uint16_t(words[j] >> 16)});
+    }
+  }
+}
+
+N3_DEVICE void store16(float* p, const float (&v)[16]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    reinterpret_cast<float4*>(p)[i] = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+  }
+}
+
+template <typename T>
+N3_DEVICE void store16(T* p, const float (&v)[16]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float* f = v + 8 * i;
+    reinterpret_cast<uint4*>(p)[i] =
+        make_uint4(pack<T>(f[0], f[1]), pack<T>(f[2], f[3]), pack<T>(f[4], f[5]), pack<T>(f[6], f[7]));
+  }
+}
+
+// ---- reductions, in a fixed order
+
+// The sum over a warp, in every lane: pairs 16 apart first.
+N3_DEVICE float warp_sum(float v) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// The maximum over a block of kThreads, in every thread. Not to be called twice without a barrier between.
+template <int kThreads>
+N3_DEVICE uint32_t block_max(uint32_t v) {
+  __shared__ uint32_t of_warp[kThreads / 32];
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();
+  uint32_t top = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) top = max(top, of_warp[w]);
+  return top;
+}
+
+// ---- asynchronous copies to shared memory (sm_80)
+
+// kBytes are 8 or 16, both addresses multiples of it. Where not `valid`, zeros are written and nothing is read.
+template <int kBytes>
+N3_DEVICE void copy_async(void* to, const void* from, bool valid) {
+  static_assert(kBytes == 8 || kBytes == 16);
+#if defined(__CUDACC__)
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(to));
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // .cg: past L1, which the other kind cannot
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+  }
+#else
+  emulate_copy(to, from, kBytes, valid);
+#endif
+}
+
+// Ends a group of copies.
+N3_DEVICE void commit_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulate_commit();
+#endif
+}
+
+// Waits until at most kPending of this thread's latest groups are under way.
+template <int kPending>
+N3_DEVICE void wait_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#else
+  emulate_wait(kPending);
+#endif
+}
+
+// ---- tensor cores (sm_80)
+
+// c += a b for one warp, a [16, 16], b [16, 8], c [16, 8]. With g = lane / 4 and t = lane % 4 a lane holds
+//   a: (g, 2t..2t+1), (g + 8, same), (g, 2t+8..2t+9), (g + 8, same)     b: (2t..2t+1, g), (2t+8..2t+9, g)
+//   c: (g, 2t), (g, 2t+1), (g + 8, 2t), (g + 8, 2t+1)
+template <typename T>
+N3_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+N3_DEVICE void mma_m16n8k16<BF16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulate_mma(c, a, b, [](uint16_t bits) { return bf16_to_float(bits); });
+#endif
+}
+template <>
+N3_DEVICE void mma_m16n8k16<F16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulate_mma(c, a, b, [](uint16_t bits) { return half_to_float(bits); });
+#endif
+}
+
+}  // namespace n3::device

@@ -1,0 +1,173 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../common/cpu.h"
+#include "linear_generic.h"
+
+namespace n3::nvfp4_linear {
+const Kernels kGenericKernels = kernels_of<Generic>();
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace linear = n3::nvfp4_linear;
+
+const linear::Kernels& kernels() {
+#if defined(__x86_64__)
+  switch (n3::cpu_isa()) {
+    case n3::Isa::kAvx512: return linear::kAvx512Kernels;
+    case n3::Isa::kAvx2: return linear::kAvx2Kernels;
+    case n3::Isa::kGeneric: break;
+  }
+#endif
+  return linear::kGenericKernels;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <typename T>
+Buffer<T> buffer(int64_t bytes) {
+  Buffer<T> memory(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+// The power of two of the global scale goes into the decoded weights, so that large activations do not overflow the
+// sums before a small global scale is applied. The bounds keep every value of the table a normal bfloat16.
+constexpr int kMinExponent = -108, kMaxExponent = 1;
+
+int weight_exponent(float global) {
+  if (!std::isfinite(global) || global == 0.f) return 0;
+  return std::clamp(std::ilogb(global), kMinExponent, kMaxExponent);
+}
+
+void fill_values(int exponent, linear::Values& values) {
+  for (int scale = 0; scale < 256; ++scale) {
+    const float factor = std::ldexp(n3::e4m3_to_float(uint8_t(scale)), exponent);
+    for (int code = 0; code < 16; ++code) values[scale][code] = n3::e2m1_to_float(uint8_t(code)) * factor;
+  }
+}
+
+// The decoding table of an exponent, made at its first use and kept: making one takes longer than a small product.
+const void* table_of(const linear::Kernels& kernel, int exponent) {
+  constexpr int kCount = kMaxExponent - kMinExponent + 1;
+  static std::array<std::once_flag, kCount> made;
+  static std::array<Buffer<char>, kCount> tables;
+  const int i = exponent - kMinExponent;
+  std::call_once(made[i], [&] {
+    const auto values = buffer<float[16]>(sizeof(linear::Values));
+    auto& table_values = reinterpret_cast<linear::Values&>(*values.get());
+    fill_values(exponent, table_values);
+    tables[i] = buffer<char>(kernel.table_bytes);
+    kernel.prepare(table_values, tables[i].get());
+  });
+  return tables[i].get();
+}
+
+// x as float, tile after tile in the order of the kernel.
+template <typename T>
+void pack_tokens(const T* x, int64_t k, int64_t row, int64_t tokens, const linear::Kernels& kernel, float* packed) {
+  const linear::Tiles tiles{tokens};
+  torch::stable::parallel_for(0, tiles.count(), 2, [&](int64_t begin, int64_t end) {
+    const auto floats = buffer<float>(k * 4);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t0 = tiles.begin(i), width = tiles.begin(i + 1) - t0;
+      for (int64_t t = 0; t < width; ++t) {
+        const T* from = x + (t0 + t) * k;
+        for (int64_t j = 0; j < k; ++j) floats[j] = n3::to_float(from[j]);
+        kernel.pack(floats.get(), k, width, t, packed + t0 * row);
+      }
+    }
+  });
+}
+
+// y[token][n0 + r] of one panel from its sums.
+template <typename T>
+void finish(const linear::Params& p, float global, int64_t n0, int64_t rows, int64_t m0, int64_t tokens,
+            const float* sums) {
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + n0 : nullptr;
+  for (int64_t t = 0; t < tokens; ++t) {
+    T* y = static_cast<T*>(p.y) + (m0 + t) * p.n + n0;
+    const float* sum = sums + t * rows;
+    for (int64_t r = 0; r < rows; ++r) {
+      float v = sum[r] * global;
+      if (bias) v += n3::to_float(bias[r]);
+      if (p.relu2) v = v < 0.f ? 0.f : v * v;
+      y[r] = n3::from_float<T>(v);
+    }
+  }
+}
+
+// One task is a panel of weight rows, so an output has one owner and its bits do not depend on the threads.
+template <typename T>
+void run(const linear::Params& p) {
+  const linear::Kernels& kernel = kernels();
+  const int exponent = weight_exponent(*p.global_scale);
+  const float global = std::ldexp(*p.global_scale, -exponent);
+  const void* table = table_of(kernel, exponent);
+
+  const int64_t row = (p.k + linear::kChunk - 1) / linear::kChunk * linear::kChunk;
+  const auto x = buffer<float>(std::min(p.m, linear::kTokens) * row * 4);
+  for (int64_t m0 = 0; m0 < p.m; m0 += linear::kTokens) {
+    const int64_t tokens = std::min(linear::kTokens, p.m - m0);
+    pack_tokens(static_cast<const T*>(p.x) + m0 * p.k, p.k, row, tokens, kernel, x.get());
+    const int64_t panel_rows = kernel.panel_rows(p.k, tokens), panels = (p.n + panel_rows - 1) / panel_rows;
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch = buffer<char>(kernel.scratch_bytes(p.k, tokens));
+      const auto sums = buffer<float>(panel_rows * tokens * 4);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n0 = i * panel_rows, rows = std::min(panel_rows, p.n - n0);
+        const linear::Panel panel{p.q + n0 * (p.k / 2), p.block_scale + n0 * (p.k / 16), rows, p.k};
+        kernel.sums(table, panel, x.get(), tokens, scratch.get(), sums.get());
+        finish<T>(p, global, n0, rows, m0, tokens, sums.get());
+      }
+    });
+  }
+}
+
+Tensor nvfp4_linear(const Tensor& x, const Tensor& q, const Tensor& block_scale, const Tensor& global_scale,
+                    const std::optional<Tensor>& bias, const std::optional<std::string>& activation) {
+  linear::Params p = linear::check(x, q, block_scale, global_scale, bias, activation);
+  const Tensor xc = torch::stable::contiguous(x), qc = torch::stable::contiguous(q),
+               sc = torch::stable::contiguous(block_scale);
+  std::optional<Tensor> bc;
+  if (bias) bc = torch::stable::contiguous(*bias);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = p.n;
+  const Tensor y = torch::stable::new_empty(x, shape);
+  if (p.m == 0 || p.n == 0) return y;
+  p.x = xc.const_data_ptr();
+  p.q = static_cast<const uint8_t*>(qc.const_data_ptr());
+  p.block_scale = static_cast<const uint8_t*>(sc.const_data_ptr());
+  p.global_scale = static_cast<const float*>(global_scale.const_data_ptr());
+  p.bias = bc ? bc->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  switch (x.scalar_type()) {  // check() let nothing else through
+    case ScalarType::Float: run<float>(p); break;
+    case ScalarType::Half: run<n3::Half>(p); break;
+    default: run<n3::BFloat16>(p);
+  }
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("nvfp4_linear", TORCH_BOX(&nvfp4_linear)); }
