@@ -9,8 +9,8 @@
 STABLE_TORCH_LIBRARY(n3, m) {
   // ---- nvfp4: e2m1 codes, one e4m3 scale per 16 elements along the last dimension, one fp32 global scale
   m.def(
-      "nvfp4_quantize(Tensor x, Tensor? global_scale=None, *, str rounding='nearest', bool four_over_six=False, "
-      "str block='1x16', str scale_layout='linear', Tensor? hadamard=None, Tensor? seed=None) "
+      "nvfp4_quantize(Tensor x, Tensor? global_scale=None, Tensor? hadamard=None, Tensor? seed=None, *, "
+      "str rounding='nearest', bool four_over_six=False, str block='1x16', str scale_layout='linear') "
       "-> (Tensor q, Tensor block_scale, Tensor global_scale)");
   m.def(
       "nvfp4_dequantize(Tensor q, Tensor block_scale, Tensor global_scale, *, ScalarType dtype, "

@@ -36,7 +36,7 @@ except OSError as error:
 from . import mamba, moe, mtp, nvfp4  # noqa: E402
 from ._dispatch import BACKENDS, batch_invariant, explain, start, use_backend  # noqa: E402
 
-start()
+start(_library)
 del start
 
 __all__ = ["BACKENDS", "__version__", "batch_invariant", "explain", "mamba", "moe", "mtp", "nvfp4", "use_backend"]

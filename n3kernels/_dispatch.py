@@ -19,6 +19,7 @@ creates one, and a process that has a context cannot fork.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -71,6 +72,7 @@ _arch = {"cpu": "cpu"}  # device -> architecture; "cuda" joins when torch create
 _force: str | None = None
 _laid: dict[tuple[str, str], torch.library.Library] = {}
 _warned = False
+_library: ctypes.CDLL | None = None
 _batch_invariant = os.environ.get("N3_BATCH_INVARIANT", "0") == "1"
 
 
@@ -356,12 +358,21 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     kernel by the number of tokens (large GEMMs on GPUs) fix one order of summation. ``N3_BATCH_INVARIANT=1`` does the
     same for the process.
     """
-    global _batch_invariant
-    before, _batch_invariant = _batch_invariant, enabled
+    before = _batch_invariant
+    _set_batch_invariant(enabled)
     try:
         yield
     finally:
-        _batch_invariant = before
+        _set_batch_invariant(before)
+
+
+def _set_batch_invariant(enabled: bool) -> None:
+    global _batch_invariant
+    _batch_invariant = enabled
+    # Read by the plans of the CUDA kernels; a library for the CPU alone has no such switch, its kernels are always so.
+    switch = getattr(_library, "n3_set_batch_invariant", None)
+    if switch is not None:
+        switch(ctypes.c_bool(enabled))
 
 
 def _cuda_arch() -> str:
@@ -376,9 +387,10 @@ def _cuda_is_up() -> None:
     refresh()
 
 
-def start() -> None:
+def start(library: Path) -> None:
     """Called once, after every family has registered: applies N3_BACKEND and waits for CUDA."""
-    global _force
+    global _force, _library
+    _library = ctypes.CDLL(str(library))  # loaded already: this is a second handle to it
     forced = os.environ.get("N3_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"N3_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")

@@ -30,9 +30,9 @@ struct Params {
 };
 
 // Checks one call, for CPU and CUDA alike; returns the problem with null pointers.
-inline Params check(const Tensor& x, const std::optional<Tensor>& global_scale, const std::string& rounding,
-                    bool four_over_six, const std::string& block, const std::string& scale_layout,
-                    const std::optional<Tensor>& hadamard, const std::optional<Tensor>& seed = std::nullopt) {
+inline Params check(const Tensor& x, const std::optional<Tensor>& global_scale, const std::optional<Tensor>& hadamard,
+                    const std::optional<Tensor>& seed, const std::string& rounding, bool four_over_six,
+                    const std::string& block, const std::string& scale_layout) {
   check_floating(op, "x", x.scalar_type());
   N3_CHECK(op, x.dim() >= 1, "x must have at least 1 dimension, got 0");
   const int64_t k = x.size(-1);

@@ -80,11 +80,11 @@ void quantize_blocks(const quantize::Params& p, quantize::Source source) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> nvfp4_quantize(const Tensor& x, const std::optional<Tensor>& global_scale,
-                                                  const std::string& rounding, bool four_over_six,
-                                                  const std::string& block, const std::string& scale_layout,
                                                   const std::optional<Tensor>& hadamard,
-                                                  const std::optional<Tensor>& seed) {
-  quantize::Params p = quantize::check(x, global_scale, rounding, four_over_six, block, scale_layout, hadamard, seed);
+                                                  const std::optional<Tensor>& seed, const std::string& rounding,
+                                                  bool four_over_six, const std::string& block,
+                                                  const std::string& scale_layout) {
+  quantize::Params p = quantize::check(x, global_scale, hadamard, seed, rounding, four_over_six, block, scale_layout);
   const Tensor xc = torch::stable::contiguous(x);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.k / 2;
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> nvfp4_quantize(const Tensor& x, const std::op
   quantize_blocks(p, source_of(x.scalar_type()));
   if (!p.swizzled) return {q, linear_scale, global_out};
 
-  const std::vector<int64_t> tiles = {swizzle::pad_rows(p.rows), swizzle::pad_cols(p.k / 16)};
+  const std::vector<int64_t> tiles = {swizzle::padded_rows(p.rows), swizzle::padded_cols(p.k / 16)};
   const Tensor block_scale = torch::stable::new_empty(linear_scale, tiles);
   swizzle::swizzle_on_cpu({p.block_scale, static_cast<uint8_t*>(block_scale.mutable_data_ptr()), 1, p.rows, p.k / 16});
   return {q, block_scale, global_out};

@@ -3,11 +3,9 @@
 // to multiples of 128 and 4. A leading dimension is a batch of matrices.
 #pragma once
 #include "../common/check.h"
+#include "swizzle_plan.h"
 
 namespace n3::nvfp4_swizzle {
-
-constexpr int64_t pad_rows(int64_t rows) { return (rows + 127) / 128 * 128; }
-constexpr int64_t pad_cols(int64_t cols) { return (cols + 3) / 4 * 4; }
 
 struct Params {
   const uint8_t* in;
@@ -34,11 +32,11 @@ inline Params check_unswizzle(const Tensor& block_scale, int64_t rows, int64_t c
   N3_CHECK(op, rows >= 0, "rows must be at least 0, got ", rows);
   N3_CHECK(op, cols >= 0, "cols must be at least 0, got ", cols);
   if (block_scale.dim() == 2) {
-    check_shape(op, "block_scale", block_scale, {pad_rows(rows), pad_cols(cols)});
+    check_shape(op, "block_scale", block_scale, {padded_rows(rows), padded_cols(cols)});
     return {nullptr, nullptr, 1, rows, cols};
   }
   const int64_t batch = block_scale.size(0);
-  check_shape(op, "block_scale", block_scale, {batch, pad_rows(rows), pad_cols(cols)});
+  check_shape(op, "block_scale", block_scale, {batch, padded_rows(rows), padded_cols(cols)});
   return {nullptr, nullptr, batch, rows, cols};
 }
 

@@ -11,7 +11,7 @@
 
 // One task is 128 rows of one matrix: a row of tiles. Four neighbouring scales stay together, so words move.
 void n3::nvfp4_swizzle::swizzle_on_cpu(const Params& p) {
-  const int64_t tile_rows = pad_rows(p.rows) / 128, bytes = 128 * pad_cols(p.cols);
+  const int64_t tile_rows = padded_rows(p.rows) / 128, bytes = 128 * padded_cols(p.cols);
   torch::stable::parallel_for(0, p.batch * tile_rows, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t r0 = t % tile_rows * 128;
@@ -40,7 +40,7 @@ std::vector<int64_t> sizes(const Tensor& like, int64_t rows, int64_t cols) {
 }
 
 void unswizzle_tiles(const swizzle::Params& p) {
-  const int64_t matrix = swizzle::pad_rows(p.rows) * swizzle::pad_cols(p.cols);
+  const int64_t matrix = swizzle::padded_rows(p.rows) * swizzle::padded_cols(p.cols);
   torch::stable::parallel_for(0, p.batch * p.rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i % p.rows;
@@ -57,7 +57,7 @@ Tensor nvfp4_swizzle_scale(const Tensor& block_scale) {
   swizzle::Params p = swizzle::check_swizzle(block_scale);
   const Tensor in = torch::stable::contiguous(block_scale);
   const Tensor out =
-      torch::stable::new_empty(in, sizes(in, swizzle::pad_rows(p.rows), swizzle::pad_cols(p.cols)));
+      torch::stable::new_empty(in, sizes(in, swizzle::padded_rows(p.rows), swizzle::padded_cols(p.cols)));
   p.in = static_cast<const uint8_t*>(in.const_data_ptr());
   p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
   swizzle::swizzle_on_cpu(p);

@@ -66,8 +66,8 @@ def quantize(
     if rounding == "stochastic":
         seed = torch.randint(2**63 - 1, (2,), generator=generator, device=x.device)
     q, block_scale, global_scale = torch.ops.n3.nvfp4_quantize.default(
-        x.detach(), global_scale, rounding=rounding, four_over_six=four_over_six, block=block,
-        scale_layout=scale_layout, hadamard=hadamard, seed=seed,
+        x.detach(), global_scale, hadamard, seed, rounding=rounding, four_over_six=four_over_six, block=block,
+        scale_layout=scale_layout,
     )  # fmt: skip
     return NVFP4Tensor(q, block_scale, global_scale, scale_layout, tuple(x.shape))
 
@@ -75,13 +75,13 @@ def quantize(
 def _check(
     x,
     global_scale=None,
+    hadamard=None,
+    seed=None,
     *,
     rounding="nearest",
     four_over_six=False,
     block="1x16",
     scale_layout="linear",
-    hadamard=None,
-    seed=None,
 ):
     check = Check("nvfp4_quantize")
     check.floating("x", x, double=False)
@@ -109,7 +109,7 @@ def _check(
     check.same_device("x", x, hadamard=hadamard, seed=seed)
 
 
-def _fake(x, global_scale=None, *, scale_layout="linear", **options):
+def _fake(x, *scales_and_seeds, scale_layout="linear", **options):
     *lead, k = x.shape
     q = x.new_empty((*lead, k // 2), dtype=torch.uint8)
     scale_shape = (*lead, k // 16)
@@ -120,7 +120,7 @@ def _fake(x, global_scale=None, *, scale_layout="linear", **options):
     return q, block_scale, x.new_empty((), dtype=torch.float32)
 
 
-def _supports(x, global_scale=None, *, rounding="nearest", block="1x16", hadamard=None, **options):
+def _supports(x, global_scale=None, hadamard=None, seed=None, *, rounding="nearest", block="1x16", **options):
     """The options of training are served by the reference alone."""
     if rounding == "stochastic":
         return "rounding='stochastic' is served by the reference alone"

@@ -172,13 +172,13 @@ def _from_tiles(t: Tensor, shape: tuple[int, int], rows: int) -> Tensor:
 def nvfp4_quantize(
     x: Tensor,
     global_scale: Tensor | None = None,
+    hadamard: Tensor | None = None,
+    seed: Tensor | None = None,
     *,
     rounding: str = "nearest",
     four_over_six: bool = False,
     block: str = "1x16",
     scale_layout: str = "linear",
-    hadamard: Tensor | None = None,
-    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead, k = x.shape[:-1], x.shape[-1]
     wide = x.reshape(x.numel() // k if k else 0, k).float()

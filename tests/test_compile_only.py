@@ -1,0 +1,97 @@
+"""Every Triton kernel with every row of its configuration table compiles for every architecture, without a GPU.
+
+Run as a program, this file is the compiler: ``python tests/test_compile_only.py 90`` prints one JSON line per case. It
+must be a process of its own, as conftest switches this one to the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+# Shared memory one block may have, in bytes (CUDA C++ Programming Guide, compute capabilities).
+SHARED_MEMORY = {90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+def all_cases(arch: int):
+    """(module, case) of every module of n3kernels.triton_ops that has compile_cases."""
+    import n3kernels.triton_ops as root
+
+    for found in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
+        module = importlib.import_module(found.name)
+        for case in getattr(module, "compile_cases", lambda arch: ())(arch):
+            yield found.name.removeprefix(root.__name__ + "."), case
+
+
+def compile_case(case, arch: int) -> dict[str, object]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.constexprs.items()}
+    missing = [n for n in names if n not in case.types and n not in case.constexprs]
+    assert not missing, f"{case.name}: no type for {missing}"
+    aligned = case.aligned or [name for name, type in case.types.items() if type.startswith("*")]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(case.kernel, signature, constants, attrs)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+    return {"shared": kernel.metadata.shared, "cubin": len(kernel.asm["cubin"])}
+
+
+def main(arch: int) -> None:
+    for module, case in all_cases(arch):
+        try:
+            result = compile_case(case, arch)
+        except Exception as error:  # one bad case must not hide the others
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": f"{module}:{case.name}", **result}), flush=True)
+
+
+# ---------------------------------------------------------------- the tests
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """{architecture: {case: result}}, the architectures side by side."""
+    options = {"env": {**os.environ, "TRITON_INTERPRET": "0"}, "stdout": subprocess.PIPE, "text": True}
+    runs = {arch: subprocess.Popen([sys.executable, __file__, str(arch)], **options) for arch in SHARED_MEMORY}
+    results = {}
+    for arch, run in runs.items():
+        lines = [json.loads(line) for line in run.communicate()[0].splitlines()]
+        assert run.returncode == 0, f"the compiler process for {arch} failed"
+        results[arch] = {line.pop("case"): line for line in lines}
+    return results
+
+
+@pytest.mark.parametrize("arch, name", [(a, f"{m}:{c.name}") for a in SHARED_MEMORY for m, c in all_cases(a)])
+def test_compiles(compiled, arch, name):
+    result = compiled[arch][name]
+    assert "error" not in result, result["error"]
+    assert result["cubin"] > 0
+    assert result["shared"] <= SHARED_MEMORY[arch], f"{result['shared']} bytes of shared memory"
+
+
+def test_every_kernel_has_a_case():
+    """A kernel that is launched must be compiled here: jitted functions whose names end in _kernel are launched."""
+    import n3kernels.triton_ops as root
+
+    covered = {id(case.kernel) for arch in SHARED_MEMORY for _, case in all_cases(arch)}
+    for found in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
+        module = importlib.import_module(found.name)
+        for name, value in vars(module).items():
+            if name.endswith("_kernel") and hasattr(value, "arg_names") and value.__module__ == found.name:
+                assert id(value) in covered, f"{found.name}.{name} has no case"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
