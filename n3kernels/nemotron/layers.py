@@ -6,7 +6,7 @@ Modules and tensors carry the names of the Hugging Face checkpoint, so that a st
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,18 +34,18 @@ def one_by_one() -> Iterator[None]:
         _one_by_one = before
 
 
-def by_row(fn, x: Tensor) -> Tensor:
+def by_row(fn: Callable[..., Tensor], *xs: Tensor) -> Tensor:
     """``fn`` on every row alone where there are few: a token's bits then do not depend on the tokens beside it.
 
     Verification of k drafts and k+1 plain steps must give the same logits. The kernels of n3 promise that by
     themselves; ``F.linear`` and the references change their order of summation with the number of rows. `one_by_one`
     does the same for any number of rows.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    few = rows.shape[0] <= FEW_ROWS or _one_by_one
-    if torch.is_grad_enabled() or rows.shape[0] <= 1 or not few:
-        return fn(x)
-    return torch.cat([fn(row[None]) for row in rows]).unflatten(0, x.shape[:-1])
+    rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+    count = rows[0].shape[0]
+    if torch.is_grad_enabled() or count <= 1 or not (count <= FEW_ROWS or _one_by_one):
+        return fn(*xs)
+    return torch.cat([fn(*(r[i : i + 1] for r in rows)) for i in range(count)]).unflatten(0, xs[0].shape[:-1])
 
 
 class Linear(nn.Module):
@@ -174,12 +174,11 @@ class Experts(nn.Module):
         self.register_buffer(f"{name}_scale", block_scale)
         self.register_buffer(f"{name}_scale_2", global_scale)
 
-    def scales(self) -> dict[str, Tensor | None]:
-        return {
-            f"{side}_{kind}": getattr(self, f"{side}_proj_{suffix}", None)
-            for side in ("up", "down")
-            for kind, suffix in (("scale", "scale"), ("global", "scale_2"))
-        }
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        scales = (
+            getattr(self, f"{side}_proj_{suffix}", None) for side in ("up", "down") for suffix in ("scale", "scale_2")
+        )
+        return n3.moe_experts(x, self.up_proj, self.down_proj, ids, weights, *scales)
 
 
 class Gate(nn.Module):
@@ -203,18 +202,16 @@ class MoE(nn.Module):
             self.fc2_latent_proj = Linear(c.moe_latent_size, c.hidden_size)
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        return by_row(self._forward, x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         c = self.config
         flat = x.reshape(-1, x.shape[-1])
-        logits = F.linear(flat.float(), self.gate.weight.float())
+        gate = self.gate.weight.float()
+        logits = by_row(lambda rows: F.linear(rows, gate), flat.float())
         ids, weights, self.load, _ = n3.moe_route(  # load: tokens per expert, which training balances
             logits, self.gate.e_score_correction_bias, top_k=c.num_experts_per_tok, n_group=c.n_group,
             topk_group=c.topk_group, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
         )  # fmt: skip
         inner = self.fc1_latent_proj(flat) if c.moe_latent_size else flat
-        y = n3.moe_experts(inner, self.experts.up_proj, self.experts.down_proj, ids, weights, **self.experts.scales())
+        y = by_row(self.experts, inner, ids, weights)
         y = self.fc2_latent_proj(y) if c.moe_latent_size else y
         return (y + self.shared_experts(flat)).view_as(x)
 
