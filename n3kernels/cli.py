@@ -28,7 +28,7 @@ from .nemotron import CheckpointError, Nemotron, Result, generate, load
 
 __all__ = ["main"]
 
-PROMPT = 'def read_lines(path):\n    """Read'
+PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n    parser ="
 MOST_PROMPT = 8192  # bytes; the attention of a prompt takes memory with its square
 WATCHED_TOKENS = 16
 WIDE = 110  # columns from which two texts stand side by side
@@ -71,7 +71,7 @@ def _console() -> Console:
 def demo(
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)] = PROMPT,
     max_tokens: Annotated[int, typer.Option(min=2, max=65536, help="Tokens (bytes) to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     drafts: Annotated[int, typer.Option(min=1, max=32, help="Tokens that the MTP layer proposes per step.")] = 3,
     model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint; default: the shipped one.")] = None,
