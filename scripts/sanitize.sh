@@ -9,8 +9,7 @@ cd "$(dirname "$0")/.."
 read -ra python <<< "${PYTHON:-python3}"
 out=build/sanitize-lib
 
-# GCC 12 warns of its own AVX-512 headers when it instruments them.
-CXXFLAGS=-Wno-maybe-uninitialized N3_CUDA=OFF N3_SANITIZE=ON "${python[@]}" setup.py -q build_ext --build-lib "$out"
+N3_CUDA=OFF N3_SANITIZE=ON "${python[@]}" setup.py -q build_ext --build-lib "$out"
 
 # Python itself is not instrumented, so the runtime must be there before it. libstdc++ too: the runtime looks for the
 # real __cxa_throw at its start, when Python has not loaded it yet, and the first C++ exception would end the process.

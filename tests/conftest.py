@@ -158,10 +158,11 @@ def pytest_sessionfinish(session):
     record = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     arch, device = _dispatch._cuda_arch(), torch.cuda.get_device_name()
-    for (name, which), passed in sorted(_passed.items()):
+    for name, which in sorted(_failed | set(_passed)):
         ops = record.setdefault(arch, {}).setdefault(name, {})
         ops.pop(which, None)
-        if (name, which) not in _failed and which in ("cuda", "triton"):
+        passed = _passed[name, which]
+        if passed and (name, which) not in _failed and which in ("cuda", "triton"):
             today = datetime.date.today().isoformat()
             ops[which] = {"device": device, "date": today, "commit": commit or "unknown", "passed": passed}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,86 +1,20 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/cpu.h"
-#include "linear_generic.h"
-
-namespace n3::nvfp4_linear {
-const Kernels kGenericKernels = kernels_of<Generic>();
-}
+#include "linear_engine.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace linear = n3::nvfp4_linear;
-
-const linear::Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (n3::cpu_isa()) {
-    case n3::Isa::kAvx512: return linear::kAvx512Kernels;
-    case n3::Isa::kAvx2: return linear::kAvx2Kernels;
-    case n3::Isa::kGeneric: break;
-  }
-#endif
-  return linear::kGenericKernels;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <typename T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <typename T>
-Buffer<T> buffer(int64_t bytes) {
-  Buffer<T> memory(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
-// The power of two of the global scale goes into the decoded weights, so that large activations do not overflow the
-// sums before a small global scale is applied. The bounds keep every value of the table a normal bfloat16.
-constexpr int kMinExponent = -108, kMaxExponent = 1;
-
-int weight_exponent(float global) {
-  if (!std::isfinite(global) || global == 0.f) return 0;
-  return std::clamp(std::ilogb(global), kMinExponent, kMaxExponent);
-}
-
-void fill_values(int exponent, linear::Values& values) {
-  for (int scale = 0; scale < 256; ++scale) {
-    const float factor = std::ldexp(n3::e4m3_to_float(uint8_t(scale)), exponent);
-    for (int code = 0; code < 16; ++code) values[scale][code] = n3::e2m1_to_float(uint8_t(code)) * factor;
-  }
-}
-
-// The decoding table of an exponent, made at its first use and kept: making one takes longer than a small product.
-const void* table_of(const linear::Kernels& kernel, int exponent) {
-  constexpr int kCount = kMaxExponent - kMinExponent + 1;
-  static std::array<std::once_flag, kCount> made;
-  static std::array<Buffer<char>, kCount> tables;
-  const int i = exponent - kMinExponent;
-  std::call_once(made[i], [&] {
-    const auto values = buffer<float[16]>(sizeof(linear::Values));
-    auto& table_values = reinterpret_cast<linear::Values&>(*values.get());
-    fill_values(exponent, table_values);
-    tables[i] = buffer<char>(kernel.table_bytes);
-    kernel.prepare(table_values, tables[i].get());
-  });
-  return tables[i].get();
-}
+using linear::buffer;
 
 // x as float, tile after tile in the order of the kernel.
 template <typename T>
@@ -119,12 +53,9 @@ void finish(const linear::Params& p, float global, int64_t n0, int64_t rows, int
 // One task is a panel of weight rows, so an output has one owner and its bits do not depend on the threads.
 template <typename T>
 void run(const linear::Params& p) {
-  const linear::Kernels& kernel = kernels();
-  const int exponent = weight_exponent(*p.global_scale);
-  const float global = std::ldexp(*p.global_scale, -exponent);
-  const void* table = table_of(kernel, exponent);
-
-  const int64_t row = (p.k + linear::kChunk - 1) / linear::kChunk * linear::kChunk;
+  const linear::Kernels& kernel = linear::kernels();
+  const linear::GlobalScale global = linear::split_global_scale(kernel, *p.global_scale);
+  const int64_t row = linear::packed_floats(p.k);
   const auto x = buffer<float>(std::min(p.m, linear::kTokens) * row * 4);
   for (int64_t m0 = 0; m0 < p.m; m0 += linear::kTokens) {
     const int64_t tokens = std::min(linear::kTokens, p.m - m0);
@@ -136,8 +67,8 @@ void run(const linear::Params& p) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n0 = i * panel_rows, rows = std::min(panel_rows, p.n - n0);
         const linear::Panel panel{p.q + n0 * (p.k / 2), p.block_scale + n0 * (p.k / 16), rows, p.k};
-        kernel.sums(table, panel, x.get(), tokens, scratch.get(), sums.get());
-        finish<T>(p, global, n0, rows, m0, tokens, sums.get());
+        kernel.sums(global.table, panel, x.get(), tokens, scratch.get(), sums.get());
+        finish<T>(p, global.factor, n0, rows, m0, tokens, sums.get());
       }
     });
   }

@@ -17,7 +17,7 @@ void n3::nvfp4_swizzle::swizzle_on_cpu(const Params& p) {
       const int64_t r0 = t % tile_rows * 128;
       const uint8_t* in = p.in + (t / tile_rows * p.rows + r0) * p.cols;
       uint8_t* out = p.out + t * bytes;
-      std::memset(out, 0, bytes);
+      std::fill_n(out, bytes, uint8_t(0));
       for (int64_t r = 0; r < std::min<int64_t>(128, p.rows - r0); ++r) {
         const uint8_t* row = in + r * p.cols;
         int64_t ks = 0;

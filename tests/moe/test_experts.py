@@ -9,7 +9,8 @@ from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from n3kernels.moe import experts, reference, route
+from n3kernels import _dispatch
+from n3kernels.moe import experts, reference
 from n3kernels.nvfp4 import NVFP4Tensor
 
 OPS = ("moe_experts",)
@@ -23,29 +24,82 @@ problems = st.tuples(
 )  # fmt: skip
 
 
-def inputs(tokens, k, num_experts, width, inner, first, activation, dtype):
+def _without(backend):
+    """Why the backend does not take dense weights, or None."""
+    x, w = torch.zeros(1, 1), torch.zeros(1, 1, 1)
+    refuses = _dispatch.OPS["moe_experts"].supports.get(backend)
+    return refuses and refuses(x, w, w, torch.zeros(1, 1, dtype=torch.int32), x)
+
+
+@pytest.fixture(params=["dense", "nvfp4"])
+def form(request, backend):
+    """How the weights are stored, in the forms that the backend takes."""
+    if request.param == "dense" and (reason := _without(backend)):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def _dense(backend):
+    if reason := _without(backend):
+        pytest.skip(reason)
+
+
+takes_dense = pytest.mark.usefixtures("_dense")  # the test is about dense weights
+
+
+def inputs(tokens, k, num_experts, width, inner, first, activation, dtype, form="dense"):
     """x, w_up, w_down, ids, weights, options; ids reach past the local experts on both sides."""
+    if form == "nvfp4":
+        width, inner = (-(-size // 16) * 16 for size in (width, inner))  # whole blocks
     rows = inner * (1 if activation == "relu2" else 2)
-    x = torch.randn(tokens, width)
-    w_up, w_down = torch.randn(num_experts, rows, width), torch.randn(num_experts, width, inner)
-    x, w_up, w_down = (t.to(dtype) for t in (x, w_up * width**-0.5, w_down * inner**-0.5))
+    x = fenced(torch.randn(tokens, width).to(DEVICE, dtype))
+    if form == "nvfp4":
+        w_up, w_down = nvfp4(num_experts, rows, width), nvfp4(num_experts, width, inner)
+    else:
+        w_up, w_down = torch.randn(num_experts, rows, width), torch.randn(num_experts, width, inner)
+        w_up, w_down = (fenced(t.to(DEVICE, dtype)) for t in (w_up * width**-0.5, w_down * inner**-0.5))
     ids = torch.randint(max(first - 2, -1), first + num_experts + 2, (tokens, k), dtype=torch.int32)
-    tensors = (fenced(t.to(DEVICE)) for t in (x, w_up, w_down, ids, torch.randn(tokens, k)))
-    return *tensors, {"activation": activation, "first_expert": first}
+    ids, weights = (fenced(t.to(DEVICE)) for t in (ids, torch.randn(tokens, k)))
+    return x, w_up, w_down, ids, weights, {"activation": activation, "first_expert": first}
+
+
+def nvfp4(*shape):
+    """Any codes under any finite scales, one global scale per expert."""
+    q = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+    block_scale = (torch.rand(*shape[:-1], shape[-1] // 16) * 2).to(torch.float8_e4m3fn)
+    global_scale = torch.rand(shape[0], device=DEVICE) / 8
+    return NVFP4Tensor.from_parts(fenced(q.to(DEVICE)), fenced(block_scale.to(DEVICE)), global_scale)
+
+
+def dense(w):
+    """The exact values in float64, those of NVFP4 by another route than the operator's reference."""
+    if isinstance(w, torch.Tensor):
+        return w.double()
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.double, device=w.q.device)
+    codes = torch.stack((w.q % 16, w.q // 16), -1).flatten(-2).long()
+    values = magnitudes[codes % 8] * (1 - 2 * (codes // 8))
+    return values * w.block_scale.double().repeat_interleave(16, -1) * w.global_scale.double()[:, None, None]
+
+
+def routing(tokens, num_experts, top_k, scale=1.0):
+    """ids and weights; by the reference, as a forced backend may have no routing."""
+    return reference.moe_route(torch.randn(tokens, num_experts, device=DEVICE), top_k=top_k, scale=scale)[:2]
 
 
 def definition(x, w_up, w_down, ids, weights, activation="relu2", first_expert=0):
     """Slot by slot in float64, and the sum of the magnitudes of the terms that the down projection adds up."""
+    w_up, w_down = dense(w_up), dense(w_down)
     y = torch.zeros(x.shape, dtype=torch.double, device=x.device)
     magnitude = torch.zeros_like(y)
     for t, row in enumerate(ids.tolist()):
         for j, e in enumerate(row):
             if not first_expert <= e < first_expert + len(w_up):
                 continue
-            h = w_up[e - first_expert].double() @ x[t].double()
+            h = w_up[e - first_expert] @ x[t].double()
             gate, up = (h, h) if activation == "relu2" else h.chunk(2)
             act = {"relu2": F.relu, "silu": F.silu, "gelu": F.gelu}[activation](gate) * up  # relu(h) * h = relu(h)^2
-            down, weight = w_down[e - first_expert].double(), weights[t, j].double()
+            down, weight = w_down[e - first_expert], weights[t, j].double()
             y[t] += weight * (down @ act)
             magnitude[t] += weight.abs() * (down.abs() @ act.abs())
     return y, magnitude
@@ -58,18 +112,18 @@ def assert_right(y, truth, magnitude):
 
 
 @given(problems)
-def test_agrees_with_the_definition(backend, problem):
-    *tensors, options = inputs(*problem)
+def test_agrees_with_the_definition(backend, form, problem):
+    *tensors, options = inputs(*problem, form)
     y = experts(*tensors, **options)
     assert y.dtype == tensors[0].dtype and y.is_contiguous()
     assert_right(y, *definition(*tensors, **options))
 
 
 @given(problems, st.integers(0, 4))
-def test_a_row_does_not_see_the_batch(backend, problem, i):
+def test_a_row_does_not_see_the_batch(backend, form, problem, i):
     """Alone, in front or in the middle, beside a row of NaN that shares its experts or not."""
     tokens, *rest = problem
-    x, w_up, w_down, ids, weights, options = inputs(max(tokens, i) + 2, *rest)
+    x, w_up, w_down, ids, weights, options = inputs(max(tokens, i) + 2, *rest, form)
     x[-1], ids[-1] = float("nan"), ids[i]
     whole = experts(x, w_up, w_down, ids, weights, **options)
     one = slice(i, i + 1)
@@ -78,28 +132,29 @@ def test_a_row_does_not_see_the_batch(backend, problem, i):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_co_batches(backend, dtype):
+def test_co_batches(backend, form, dtype):
     """The same tokens alone, first, last, and so many that their experts are full: one result."""
-    x, w_up, w_down, ids, weights, options = inputs(80, 4, 6, 64, 48, 0, "relu2", dtype)
+    x, w_up, w_down, ids, weights, options = inputs(80, 4, 6, 64, 48, 0, "relu2", dtype, form)
     whole = experts(x, w_up, w_down, ids, weights, **options)
     for part in (slice(0, 3), slice(77, 80), slice(10, 50)):
         y = experts(x[part], w_up, w_down, ids[part], weights[part], **options)
         assert_invariant(backend, y, whole[part])
 
 
-def test_the_same_call_gives_the_same_bits(backend):
-    *tensors, options = inputs(50, 4, 6, 64, 48, 0, "silu", torch.bfloat16)
+def test_the_same_call_gives_the_same_bits(backend, form):
+    *tensors, options = inputs(50, 4, 6, 64, 48, 0, "silu", torch.bfloat16, form)
     assert_same_bits(experts(*tensors, **options), experts(*tensors, **options))
 
 
-def test_powers_of_two_pass_through(backend):
+def test_powers_of_two_pass_through(backend, form):
     """relu2(g h) = g^2 relu2(h), and a routing weight scales: exact where g is a power of two."""
-    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.float32)
+    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.float32, form)
     y = experts(x, w_up, w_down, ids, weights, **options)
     assert_invariant(backend, experts(4 * x, w_up, w_down, ids, weights, **options), 16 * y)
     assert_invariant(backend, experts(x, w_up, w_down, ids, 0.5 * weights, **options), 0.5 * y)
 
 
+@takes_dense
 def test_padding_with_zeros_changes_nothing(backend):
     """Columns of zeros: relu2(0) = 0, whatever the other weight holds there."""
     x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 40, 0, "relu2", torch.float32)
@@ -109,15 +164,15 @@ def test_padding_with_zeros_changes_nothing(backend):
     torch.testing.assert_close(padded, y, rtol=1e-5, atol=1e-6)
 
 
-def test_zero_routing_weights(backend):
-    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.bfloat16)
+def test_zero_routing_weights(backend, form):
+    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.bfloat16, form)
     assert not experts(x, w_up, w_down, ids, torch.zeros_like(weights), **options).any()
 
 
 @pytest.mark.parametrize("skipped", [-1, 1, 6, 2**31 - 1, -(2**31)])
-def test_skipped_slots_add_exactly_nothing(backend, skipped):
+def test_skipped_slots_add_exactly_nothing(backend, form, skipped):
     """Experts 2..5 are here. Whatever weight a skipped slot has, and where no slot is left the row is zero."""
-    x, w_up, w_down, ids, weights, options = inputs(7, 4, 4, 32, 48, 2, "relu2", torch.float32)
+    x, w_up, w_down, ids, weights, options = inputs(7, 4, 4, 32, 48, 2, "relu2", torch.float32, form)
     ids = ids.clamp(2, 5)
     ids[:, 1::2], ids[3] = skipped, skipped
     weights[:, 1::2] = float("nan")
@@ -128,9 +183,9 @@ def test_skipped_slots_add_exactly_nothing(backend, skipped):
 
 
 @pytest.mark.parametrize("valid", [0, 1, 5, 9, 100])
-def test_padding_tokens(backend, valid):
+def test_padding_tokens(backend, form, valid):
     """Rows from valid_tokens on come out as zeros; what they hold is not looked at."""
-    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.bfloat16)
+    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.bfloat16, form)
     truth = experts(x, w_up, w_down, ids, weights, **options)
     ids[valid:] = ids[valid:].clamp(0, 3)
     x[valid:], weights[valid:], ids[valid + 1 :] = float("nan"), float("nan"), 2**31 - 1
@@ -140,21 +195,20 @@ def test_padding_tokens(backend, valid):
     assert not y[valid:].any()
 
 
+@takes_dense
 def test_ranks_add_up(backend):
     """Expert parallelism: the uneven shares of three ranks, one without a token, sum to the unsharded result."""
     x, w_up, w_down, ids, weights, _ = inputs(20, 4, 13, 32, 48, 0, "relu2", torch.float32)
     ids = torch.where(ids == 3, 5, ids)  # nothing for the rank that holds expert 3 alone
     whole = experts(x, w_up, w_down, ids, weights)
-    parts = [
-        experts(x, w_up[a:b], w_down[a:b], ids, weights, first_expert=a) for a, b in ((0, 3), (3, 4), (4, 13))
-    ]
+    parts = [experts(x, w_up[a:b], w_down[a:b], ids, weights, first_expert=a) for a, b in ((0, 3), (3, 4), (4, 13))]
     assert not parts[1].any()
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_expert_receives_everything(backend, dtype):
-    x, w_up, w_down, ids, weights, options = inputs(300, 2, 64, 32, 48, 0, "relu2", dtype)
+def test_one_expert_receives_everything(backend, form, dtype):
+    x, w_up, w_down, ids, weights, options = inputs(300, 2, 64, 32, 48, 0, "relu2", dtype, form)
     ids[:] = 63
     y = experts(x, w_up, w_down, ids, weights, **options)
     assert_right(y[::37], *definition(x[::37], w_up, w_down, ids[::37], weights[::37]))
@@ -163,7 +217,7 @@ def test_one_expert_receives_everything(backend, dtype):
 def assert_within_the_gate(y, x, w_up, w_down, ids, weights, activation="relu2"):
     """moe's bound on a fused low-precision pipeline: relative L2 error 3e-3 (float32: 1e-5), and no element further
     off than 6 units in the last place of its row's maximum."""
-    double = (t.double() for t in (x, w_up, w_down))
+    double = (dense(t) for t in (x, w_up, w_down))
     truth = reference.moe_experts(*double, ids, weights.double(), activation=activation)
     error = y.double() - truth
     narrow = y.dtype != torch.float32
@@ -184,30 +238,32 @@ PUBLISHED_NVFP4 = [
 ]  # fmt: skip
 
 
+@takes_dense
 @pytest.mark.parametrize("tokens, k, num_experts, width, inner", PUBLISHED)
 def test_published_shapes(backend, tokens, k, num_experts, width, inner):
     x, w_up, w_down, *_ = inputs(tokens, k, num_experts, width, inner, 0, "relu2", torch.bfloat16)
-    ids, weights, _, _ = route(torch.randn(tokens, num_experts, device=DEVICE), top_k=k, scale=5.0)
+    ids, weights = routing(tokens, num_experts, k, scale=5.0)
     assert_within_the_gate(experts(x, w_up, w_down, ids, weights), x, w_up, w_down, ids, weights)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tokens_per_expert(backend, activation, dtype):
-    x, w_up, w_down, *_ = inputs(200, 3, 5, 80, 112, 0, activation, dtype)
-    ids, weights, _, _ = route(torch.randn(200, 5, device=DEVICE), top_k=3)
+def test_many_tokens_per_expert(backend, form, activation, dtype):
+    x, w_up, w_down, *_ = inputs(200, 3, 5, 80, 112, 0, activation, dtype, form)
+    ids, weights = routing(200, 5, 3)
     y = experts(x, w_up, w_down, ids, weights, activation=activation)
     assert_within_the_gate(y, x, w_up, w_down, ids, weights, activation)
 
 
-def test_different_sizes_in_one_process(backend):
+def test_different_sizes_in_one_process(backend, form):
     """Puzzle's layers differ in inner size and k: nothing is remembered from one call to the next."""
     for inner, k in ((128, 4), (256, 18), (160, 10), (128, 4)):
-        x, w_up, w_down, *_ = inputs(3, k, 24, 64, inner, 0, "relu2", torch.bfloat16)
-        ids, weights, _, _ = route(torch.randn(3, 24, device=DEVICE), top_k=k)
+        x, w_up, w_down, *_ = inputs(3, k, 24, 64, inner, 0, "relu2", torch.bfloat16, form)
+        ids, weights = routing(3, 24, k)
         assert_within_the_gate(experts(x, w_up, w_down, ids, weights), x, w_up, w_down, ids, weights)
 
 
+@takes_dense
 def test_offsets_beyond_31_bits(backend):
     """The last of 206 experts of Ultra's size, 2.16e9 elements in each weight; all others are untouched zeros."""
     num_experts, inner, width = 206, 5120, 2048
@@ -230,49 +286,60 @@ def test_offsets_beyond_31_bits(backend):
 # ---- NVFP4
 
 
-def nvfp4(*shape):
-    """Any codes under any finite scales, one global scale per expert."""
-    q = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
-    block_scale = (torch.rand(*shape[:-1], shape[-1] // 16) * 2).to(torch.float8_e4m3fn)
-    global_scale = torch.rand(shape[0], device=DEVICE) / 8
-    return NVFP4Tensor.from_parts(fenced(q.to(DEVICE)), fenced(block_scale.to(DEVICE)), global_scale)
-
-
-def dense(w):
-    """The exact values, in float64, by another route than the operator's reference."""
-    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.double, device=w.q.device)
-    codes = torch.stack((w.q % 16, w.q // 16), -1).flatten(-2).long()
-    values = magnitudes[codes % 8] * (1 - 2 * (codes // 8))
-    return values * w.block_scale.double().repeat_interleave(16, -1) * w.global_scale.double()[:, None, None]
-
-
-@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4),
-       st.sampled_from(ACTIVATIONS), st.sampled_from(DTYPES))  # fmt: skip
-def test_nvfp4_equals_dense(backend, tokens, k, num_experts, width, inner, activation, dtype):
-    width, inner = 16 * width, 16 * inner
-    x, *_, ids, weights, options = inputs(tokens, k, num_experts, width, inner, 1, activation, dtype)
-    w_up = nvfp4(num_experts, inner * (1 if activation == "relu2" else 2), width)
-    w_down = nvfp4(num_experts, width, inner)
-    y = experts(x, w_up, w_down, ids, weights, **options)
-    assert_right(y, *definition(x, dense(w_up), dense(w_down), ids, weights, **options))
-
-
 @pytest.mark.parametrize("tokens, k, num_experts, width, inner", PUBLISHED_NVFP4)
 def test_nvfp4_published_shapes(backend, tokens, k, num_experts, width, inner):
     x, *_ = inputs(tokens, k, num_experts, width, 1, 0, "relu2", torch.bfloat16)
     w_up, w_down = nvfp4(num_experts, inner, width), nvfp4(num_experts, width, inner)
-    ids, weights, _, _ = route(torch.randn(tokens, num_experts, device=DEVICE), top_k=k)
-    assert_within_the_gate(experts(x, w_up, w_down, ids, weights), x, dense(w_up), dense(w_down), ids, weights)
+    ids, weights = routing(tokens, num_experts, k)
+    assert_within_the_gate(experts(x, w_up, w_down, ids, weights), x, w_up, w_down, ids, weights)
 
 
 def test_nvfp4_decodes_like_dequantize(backend):
-    x, *_, ids, weights, options = inputs(9, 3, 4, 64, 48, 0, "relu2", torch.float32)
-    w_up, w_down = nvfp4(4, 48, 64), nvfp4(4, 64, 48)
+    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 64, 48, 0, "relu2", torch.float32, "nvfp4")
     y = experts(x, w_up, w_down, ids, weights, **options)
-    plain = experts(x, w_up.dequantize(torch.float32), w_down.dequantize(torch.float32), ids, weights, **options)
-    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+    up, down = w_up.dequantize(torch.float32), w_down.dequantize(torch.float32)
+    torch.testing.assert_close(y, reference.moe_experts(x, up, down, ids, weights, **options), rtol=1e-5, atol=1e-5)
     tiled = experts(x, w_up.to_layout("128x4"), w_down, ids, weights, **options)
     assert_same_bits(y, tiled)
+
+
+def test_nvfp4_full_batches(backend):
+    """Hundreds of tokens for some experts and a few for the others give the bits that each token has alone."""
+    x, w_up, w_down, ids, weights, options = inputs(700, 3, 5, 48, 80, 0, "relu2", torch.bfloat16, "nvfp4")
+    ids[:, 0], ids[::2, 1] = 1, 2
+    whole = experts(x, w_up, w_down, ids, weights, **options)
+    for t in (0, 255, 256, 511, 699):
+        one = slice(t, t + 1)
+        assert_invariant(backend, experts(x[one], w_up, w_down, ids[one], weights[one], **options), whole[one])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_nvfp4_threads_do_not_show(backend, tokens, activation):
+    x, w_up, w_down, ids, weights, options = inputs(tokens, 4, 6, 240, 368, 0, activation, torch.bfloat16, "nvfp4")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(experts(x, w_up, w_down, ids, weights, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert_invariant(backend, results[0], results[1])
+    assert_invariant(backend, results[0], results[2])
+
+
+@pytest.mark.parametrize("exponent", [-130, -60, 0, 100])
+def test_nvfp4_global_scales_of_any_size(backend, exponent):
+    """Each expert has its own, a power of two apart from the others', and a zero stays a zero."""
+    x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 64, 48, 0, "relu2", torch.float32, "nvfp4")
+    y = experts(x, w_up, w_down, ids, weights, **options)
+    scale = w_down.global_scale * torch.tensor([2.0**exponent, 0.0, 1.0, -1.0], device=DEVICE)
+    scaled = experts(x, w_up, NVFP4Tensor.from_parts(w_down.q, w_down.block_scale, scale), ids, weights, **options)
+    only = [torch.where(ids == e, weights, 0) for e in (0, 2, 3)]
+    parts = [experts(x, w_up, w_down, ids, w, **options).double() for w in only]
+    truth = parts[0] * 2.0**exponent + parts[1] - parts[2]
+    size = y.abs().max().item() * max(1.0, 2.0**exponent)
+    torch.testing.assert_close(scaled.double(), truth, rtol=1e-5, atol=1e-5 * size)
 
 
 # ---- gradients
@@ -364,6 +431,7 @@ def test_opcheck_backward(tokens):
     torch.library.opcheck(torch.ops.n3.moe_experts_bwd.default, args)
 
 
+@takes_dense
 def test_strided_inputs(backend):
     x, w_up, w_down, ids, weights, options = inputs(8, 4, 3, 32, 16, 0, "relu2", torch.float32)
     y = experts(x, w_up, w_down, ids, weights, **options)
@@ -443,8 +511,16 @@ BAD_NVFP4 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("good, change, message", [(GOOD, *c) for c in BAD] + [(GOOD_NVFP4, *c) for c in BAD_NVFP4])
-def test_bad_calls(backend, good, change, message):
+# What is wrong with x, the routing or an option is so whatever the form of the weights.
+EITHER = [c for c in BAD if not {"w_up", "w_down"} & set(c[0]) and c[0] != {"activation": "silu"}]
+CALLS = [("dense", *c) for c in BAD] + [("nvfp4", *c) for c in EITHER + BAD_NVFP4]
+
+
+@pytest.mark.parametrize("stored, change, message", CALLS)
+def test_bad_calls(backend, stored, change, message):
+    if stored == "dense" and (reason := _without(backend)):
+        pytest.skip(reason)
+    good = GOOD if stored == "dense" else GOOD_NVFP4
     call = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in {**good, **change}.items()}
     with pytest.raises(RuntimeError) as error:
         torch.ops.n3.moe_experts(**call)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 SETS = ("generic", "avx2", "avx512")
@@ -48,6 +49,7 @@ def run(isa: str) -> dict[str, str]:
 
 
 def test_every_instruction_set_gives_the_same_bits():
+    pytest.importorskip("n3kernels._host", reason="_host, which names the instruction set, is of another Python")
     results = {result.pop("isa"): result for result in map(run, SETS)}  # a machine without one falls back to the next
     first = results.pop("generic")
     for result in results.values():

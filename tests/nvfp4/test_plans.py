@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-_host = pytest.importorskip("n3kernels._host")
+_host = pytest.importorskip("n3kernels._host", reason="_host was built for another Python")
 
 ROWS, TENSOR16, TENSOR64, TENSOR128, FMA = range(5)  # linear::Kernel
 TILE = {TENSOR16: (16, 64), TENSOR64: (64, 64), TENSOR128: (128, 128), FMA: (64, 64)}
