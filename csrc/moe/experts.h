@@ -61,7 +61,8 @@ inline std::pair<int64_t, bool> check_weights(const Tensor& x, const Tensor& w_u
                                               const OptionalTensor& down_global) {
   const int given = up_scale.has_value() + up_global.has_value() + down_scale.has_value() + down_global.has_value();
   N3_CHECK(op, given == 0 || given == 4,
-           "up_scale, up_global, down_scale and down_global must be given together or not at all, got ", given, " of 4");
+           "up_scale, up_global, down_scale and down_global must be given together or not at all, got ", given,
+           " of 4");
   check_dim(op, "w_up", w_up, 3);
   check_dim(op, "w_down", w_down, 3);
   const int64_t experts = w_up.size(0), halves = activation == Activation::kRelu2 ? 1 : 2, width = x.size(1);
@@ -86,8 +87,8 @@ inline std::pair<int64_t, bool> check_weights(const Tensor& x, const Tensor& w_u
 // Checks one call, for CPU and CUDA alike; returns the problem with null pointers.
 inline Params check(const Tensor& x, const Tensor& w_up, const Tensor& w_down, const Tensor& ids, const Tensor& weights,
                     const OptionalTensor& up_scale, const OptionalTensor& up_global, const OptionalTensor& down_scale,
-                    const OptionalTensor& down_global, const OptionalTensor& valid_tokens, const std::string& activation,
-                    int64_t first_expert) {
+                    const OptionalTensor& down_global, const OptionalTensor& valid_tokens,
+                    const std::string& activation, int64_t first_expert) {
   check_floating(op, "x", x.scalar_type());
   check_dim(op, "x", x, 2);
   const Activation act = check_activation(activation);

@@ -94,7 +94,9 @@ struct Item {
   int64_t begin, size;
 };
 
-int64_t slots_of(std::span<const Batch> batches) { return batches.back().begin + batches.back().size - batches[0].begin; }
+int64_t slots_of(std::span<const Batch> batches) {
+  return batches.back().begin + batches.back().size - batches.front().begin;
+}
 
 // Calls read(position, row) for every slot of the batches and packs the row of w.k floats as the kernel wants it.
 template <typename Read>

@@ -170,6 +170,13 @@ def _backward(ctx, grad_y):
     return dx, dw_up, dw_down, None, dweights, None, None, None, None, None
 
 
+def _supports_cpu(x, w_up, w_down, ids, weights, up_scale=None, up_global=None, down_scale=None, down_global=None,
+                  valid_tokens=None, *, activation="relu2", first_expert=0):  # fmt: skip
+    if all(scale is None for scale in (up_scale, up_global, down_scale, down_global)):
+        return "dense weights are served by the reference"
+    return "float64 is served by the reference" if x.dtype == torch.float64 else None
+
+
 _LATER = "arrives with the moe family"
 _dispatch.register(
     "moe_experts",
@@ -178,7 +185,8 @@ _dispatch.register(
     reference=reference.moe_experts,
     setup_context=_setup_context,
     backward=_backward,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": _supports_cpu},
+    missing={"triton": _LATER, "cuda": _LATER},
 )
 _dispatch.register(
     "moe_experts_bwd",
