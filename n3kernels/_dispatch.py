@@ -193,6 +193,13 @@ def backends_of(op: Op, device: str, arch: str, args: tuple = (), kwargs: dict |
     return [b for b in ORDER[device] if not why_not(op, b, device, arch, args, kwargs) and not unproven(op, b, arch)]
 
 
+def serving(name: str, *args: Any) -> str | None:
+    """The backend that runs this call; None where it would raise. The short form of `explain`."""
+    op, device = OPS[name], args[0].device.type
+    able = [_force] if _force and not op.composite else backends_of(op, device, _arch[device], args)
+    return next((b for b in able if not why_not(op, b, device, _arch[device], args)), None)
+
+
 @dataclass
 class Explanation:
     """The answer of `explain`: the backend that runs, and for every other one why it does not."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dispatch import serving
 from ..mamba import gated_rms_norm
 from .cache import Cache
 from .config import ATTENTION, MAMBA, MLP, MOE, Config
@@ -175,10 +176,17 @@ class Experts(nn.Module):
         self.register_buffer(f"{name}_scale_2", global_scale)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        scales = (
+        scales = [
             getattr(self, f"{side}_proj_{suffix}", None) for side in ("up", "down") for suffix in ("scale", "scale_2")
-        )
-        return n3.moe_experts(x, self.up_proj, self.down_proj, ids, weights, *scales)
+        ]
+
+        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return n3.moe_experts(x, self.up_proj, self.down_proj, ids, weights, *scales)
+
+        # A C++ kernel for the CPU gives a row the same bits in any company, the reference does not.
+        if serving("moe_experts", x, self.up_proj, self.down_proj, ids, weights, *scales) == "cpu":
+            return run(x, ids, weights)
+        return by_row(run, x, ids, weights)
 
 
 class Gate(nn.Module):
@@ -211,7 +219,7 @@ class MoE(nn.Module):
             topk_group=c.topk_group, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
         )  # fmt: skip
         inner = self.fc1_latent_proj(flat) if c.moe_latent_size else flat
-        y = by_row(self.experts, inner, ids, weights)
+        y = self.experts(inner, ids, weights)
         y = self.fc2_latent_proj(y) if c.moe_latent_size else y
         return (y + self.shared_experts(flat)).view_as(x)
 
