@@ -117,7 +117,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def train(
     folder: Path, data: np.ndarray, steps: int, size: int, length: int, peak: float, seed: int
 ) -> tuple[Nemotron, float]:
-    """The trained model and the seconds its steps took, over all sessions of a resumed run."""
+    """The trained model and the seconds its steps took, over all parts of a resumed run."""
     torch.manual_seed(seed)
     model = Nemotron(CONFIG)
     model.init_weights()
