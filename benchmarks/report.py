@@ -29,6 +29,9 @@ KEPT = ("min", "max", "mean", "stddev", "median", "iqr", "rounds", "iterations")
 # ---------------------------------------------------------------- reading a run
 
 
+JUDGED = ("cpu", "triton", "cuda", "n3 function", "n3 operator")  # providers whose time this library answers for
+
+
 @dataclass(frozen=True)
 class Row:
     """One provider of one group; times in seconds."""
@@ -206,8 +209,11 @@ def compare(before: dict, after: dict, tolerance: float = 0.1) -> Comparison:
     A row is slower if its median is, by more than ``tolerance`` and by more than the spread of either run, and if its
     best round is slower by more than ``tolerance`` too: what else happens on a machine delays many rounds, but not
     all of them. Faster is the mirror image. Runs on machines of different kinds are shown and not judged.
+
+    Only kernels of this library are judged. torch's time, and the reference's, which is torch's too, follow its version
+    and its allocator: the reference was seen to take three times as long in another process on the same machine.
     """
-    old, new = ({row.key: row for row in rows(run)} for run in (before, after))
+    old, new = ({row.key: row for row in rows(run) if row.provider in JUDGED} for run in (before, after))
     slower, faster, same = [], [], 0
     for key in (k for k in old if k in new):
         a, b = old[key], new[key]

@@ -129,6 +129,14 @@ def test_a_disturbance_is_no_regression():
     assert not compare(bench("cpu", 1e-3), bench("cpu", 3e-3, best=1e-3)).failed
 
 
+@pytest.mark.parametrize("provider", ["torch", "torch-fp32", "reference"])
+def test_torch_is_not_judged(provider):
+    """A slower torch is no regression of ours; a slower kernel beside it is."""
+    assert not compare(bench(provider, 1e-3), bench(provider, 9e-3)).failed
+    both = [made_run(bench(provider, 1e-3), bench("cpu", t)) for t in (1e-3, 9e-3)]
+    assert report.compare(*both).failed
+
+
 def test_faster_is_reported_and_passes():
     result = compare(bench("cpu", 1e-3), bench("cpu", 0.5e-3))
     assert not result.failed and result.faster == ["linear M=1 [cpu]: 1 ms -> 500 µs, 0.50 times as long"]
@@ -148,8 +156,8 @@ def test_gpus_are_compared_whatever_their_host():
 
 
 def test_what_is_in_one_run_only_is_noted():
-    result = report.compare(made_run(bench("cpu", 1e-3), bench("torch", 1e-3)), made_run(bench("cpu", 1e-3)))
-    assert not result.failed and result.notes == ["only before: linear M=1 [torch]"]
+    result = report.compare(made_run(bench("cpu", 1e-3), bench("cuda", 1e-3)), made_run(bench("cpu", 1e-3)))
+    assert not result.failed and result.notes == ["only before: linear M=1 [cuda]"]
     assert "no benchmark in common" in str(compare(bench("cpu", 1.0), bench("cpu", 1.0, group="new")))
 
 
