@@ -1,7 +1,7 @@
 """One library for every torch: the ``_C.so`` of this working tree, loaded in other versions, gives the same answers.
 
-Each version of N3_ABI_TORCH (default: 2.14.1) gets a virtual environment under build/abi, which is kept. Where pip
-cannot install one, because there is no network, the tests are skipped and say so.
+Each version of N3_ABI_TORCH (default: the floor, 2.11.0, and 2.14.1) gets a virtual environment under build/abi, which
+is kept. Where pip cannot install one, because there is no network, the tests are skipped and say so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import n3kernels
 from n3kernels._samples import SAMPLES, sample
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSIONS = os.environ.get("N3_ABI_TORCH", "2.14.1").split()
+VERSIONS = os.environ.get("N3_ABI_TORCH", "2.11.0 2.14.1").split()
 
 pytestmark = pytest.mark.slow
 
