@@ -1,6 +1,6 @@
 """Trains the tiny Nemotron 3 model that ships with n3kernels, on the sources of Python's standard library.
 
-    python examples/train_tiny.py                 # trains, evaluates, writes out/tiny (about 45 minutes on 2 cores)
+    python examples/train_tiny.py                 # trains, evaluates, writes out/tiny (about 20 minutes on 2 cores)
     python examples/train_tiny.py --steps 20      # a quick look
 
 The text is every ``*.py`` file of the running Python's standard library without its tests, byte by byte. One file in
