@@ -303,12 +303,12 @@ def _over(op: Op, device: str) -> Callable[..., Any] | None:
     if _force:
         return partial(_forced, op, _force, device)
     order = backends_of(op, device, _arch[device])
+    if order[0] == "triton":
+        _warn_once(op, _arch[device])
     if order[0] in op.supports:
         return partial(_first_that_can, op, order, device)
     if order[0] == device:
         return None
-    if order[0] == "triton":
-        _warn_once(op, _arch[device])
     if order[0] == "reference" and device not in op.kernels:
         return None  # the reference lies under CompositeExplicitAutograd already
     return partial(_first_that_can, op, order, device)

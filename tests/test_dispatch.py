@@ -170,8 +170,9 @@ def test_what_is_laid_over_cuda(world, monkeypatch, name):
     assert (_dispatch._over(op, "cuda") is None) == (op.triton is None)  # the reference is there already
 
 
-def test_an_unproven_triton_kernel_warns_once(world, monkeypatch):
-    op = next(op for op in OPS.values() if op.triton)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton])
+def test_an_unproven_triton_kernel_warns_once(world, monkeypatch, name):
+    op = OPS[name]
     monkeypatch.setitem(_dispatch._arch, "cuda", "sm_120")
     monkeypatch.setattr(_dispatch, "_warned", False)
     world()
