@@ -8,7 +8,8 @@ the slot, the number of drafts or the number of threads. The contract, which the
 * uniform: u = (word + 1/2) * 2^-32, strictly inside (0, 1), in float64 (float32 would round the largest to 1);
 * Gumbel: -log(-log(u)); for u > 1/2 as -log(-log1p(-v)) with v = 1 - u, exact in float64.
 
-An index is a token id or a tile id and must be below 2^30.
+An index is a token id or a tile id and must be below 2^30. Stochastic rounding draws one word per element of a tensor
+instead, `element_words`: key = seed, counter = (element >> 2, offset), both of 64 bits, word ``element & 3``.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -18,7 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ACCEPT", "DRAFT", "RESIDUAL", "TARGET", "TILE", "gumbel", "philox4x32", "uniform", "word"]
+__all__ = [
+    "ACCEPT", "DRAFT", "RESIDUAL", "TARGET", "TILE",
+    "element_words", "gumbel", "philox4x32", "uniform", "word",
+]  # fmt: skip
 
 # Streams: drafter and verifier never share noise, except where coupled sampling wants it (TARGET and TILE on both).
 DRAFT, ACCEPT, TARGET, RESIDUAL, TILE = range(5)
@@ -51,7 +55,19 @@ def word(seed: Tensor | int, pos: Tensor | int, stream: int, index: Tensor) -> T
     """The uint32 word, as int64, of each draw; ``seed``, ``pos`` and ``index`` are of 64 bits and broadcast."""
     counter = stream << 28 | index >> 2
     words = philox4x32(seed & _WORD, seed >> 32 & _WORD, pos & _WORD, pos >> 32 & _WORD, counter, 0)
-    which = index & 3
+    return _select(words, index & 3)
+
+
+def element_words(seed: Tensor, element: Tensor, step: Tensor | int = 0) -> Tensor:
+    """The uint32 word, as int64, of each element; ``seed`` is (key, offset), ``step`` is added to the offset."""
+    key, offset = seed.unbind()
+    offset = (offset + step) + torch.zeros_like(element)
+    index = element >> 2
+    counter = (index & _WORD, index >> 32 & _WORD, offset & _WORD, offset >> 32 & _WORD)
+    return _select(philox4x32(key & _WORD, key >> 32 & _WORD, *counter), element & 3)
+
+
+def _select(words: tuple[Tensor, Tensor, Tensor, Tensor], which: Tensor) -> Tensor:
     first, second = torch.where(which == 0, words[0], words[1]), torch.where(which == 2, words[2], words[3])
     return torch.where(which < 2, first, second)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import Check
-from .._philox import philox4x32
+from .._philox import element_words
 
 __all__ = [
     "BLOCK", "FLT_MAX", "decode", "nvfp4_dequantize", "nvfp4_embedding", "nvfp4_linear", "nvfp4_quantize",
@@ -72,14 +72,7 @@ def _stochastic(v: Tensor, random: Tensor) -> Tensor:
 
 def _random_words(shape: torch.Size, seed: Tensor) -> Tensor:
     """One 32-bit word per element: Philox4x32-10, key = seed, counter = (flat index >> 2, offset), word index & 3."""
-    index = torch.arange(shape.numel(), device=seed.device)
-    key, offset = seed.unbind()
-    low = 0xFFFFFFFF
-    words = philox4x32(
-        key & low, key >> 32 & low, index >> 2 & low, index >> 34 & low,
-        (offset & low).expand_as(index), (offset >> 32 & low).expand_as(index),
-    )  # fmt: skip
-    return torch.stack(tuple(words), -1).gather(-1, (index & 3).unsqueeze(-1)).view(shape)
+    return element_words(seed, torch.arange(shape.numel(), device=seed.device)).view(shape)
 
 
 # ---------------------------------------------------------------- scales
