@@ -30,21 +30,24 @@ STABLE_TORCH_LIBRARY(n3, m) {
       "Tensor? cu_seqlens=None, *, str? activation=None) -> (Tensor y, Tensor final_state)");
   m.def(
       "causal_conv1d.slots(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_state, Tensor state_indices, "
-      "Tensor? has_initial=None, Tensor? cu_seqlens=None, *, str? activation=None) -> Tensor");
+      "Tensor? has_initial=None, Tensor? cu_seqlens=None, Tensor? checkpoint_tokens=None, "
+      "Tensor? checkpoint_indices=None, *, str? activation=None) -> Tensor");
   m.def(
       "causal_conv1d_bwd(Tensor grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, str? activation) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, "
-      "Tensor? state_indices=None, Tensor? dst_state_indices=None, *, str? activation=None) -> Tensor");
+      "Tensor? state_indices=None, Tensor? dst_state_indices=None, *, Tensor? num_accepted=None, "
+      "Tensor? num_tokens=None, Tensor? parents=None, Tensor? cache_seqlens=None, str? activation=None) -> Tensor");
   m.def(
       "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
       "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? cu_seqlens=None, *, int chunk_size=128, "
       "bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> (Tensor y, Tensor final_states)");
   m.def(
       "ssd_scan.slots(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-      "Tensor(a!) state, Tensor state_indices, Tensor? has_initial=None, Tensor? cu_seqlens=None, *, "
-      "int chunk_size=128, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> Tensor");
+      "Tensor(a!) state, Tensor state_indices, Tensor? has_initial=None, Tensor? cu_seqlens=None, "
+      "Tensor? checkpoint_tokens=None, Tensor? checkpoint_indices=None, *, int chunk_size=128, "
+      "bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> Tensor");
   m.def(
       "ssd_scan_bwd(Tensor grad_y, Tensor? grad_final_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? cu_seqlens, int chunk_size, "
@@ -53,13 +56,40 @@ STABLE_TORCH_LIBRARY(n3, m) {
   m.def(
       "ssm_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
       "Tensor? z=None, Tensor? dt_bias=None, Tensor? state_indices=None, Tensor? dst_state_indices=None, *, "
-      "bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> Tensor");
+      "Tensor? num_accepted=None, Tensor? num_tokens=None, Tensor? parents=None, Tensor(b!)? state_scale=None, "
+      "Tensor? seed=None, str rounding='nearest', bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) "
+      "-> Tensor");
+  m.def(
+      "ssm_replay_update(Tensor(a!) state, Tensor(b!) ring_x, Tensor(c!) ring_B, Tensor(d!) ring_dt, "
+      "Tensor ring_pos, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? dt_bias=None, Tensor? state_indices=None, *, Tensor? parents=None, bool dt_softplus=True, "
+      "float dt_min=0.0, float? dt_max=None) -> Tensor");
+  m.def(
+      "ssm_replay_commit(Tensor(a!) ring_pos, Tensor(b!) ring_x, Tensor(c!) ring_B, Tensor(d!) ring_dt, "
+      "Tensor num_accepted, int tokens, Tensor? path=None, Tensor? state_indices=None) -> ()");
+  m.def(
+      "ssm_replay_flush(Tensor(a!) state, Tensor(b!) ring_pos, Tensor ring_x, Tensor ring_B, Tensor ring_dt, "
+      "Tensor A, Tensor? state_indices=None) -> ()");
   m.def(
       "gated_rms_norm(Tensor x, Tensor? z, Tensor weight, int group_size, float eps=1e-5, "
       "bool norm_before_gate=False) -> Tensor");
   m.def(
       "gated_rms_norm_bwd(Tensor grad_y, Tensor x, Tensor? z, Tensor weight, int group_size, float eps, "
       "bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mamba2_prefill(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, "
+      "Tensor(b!) ssm_state, Tensor state_indices, Tensor A, Tensor? D, Tensor? dt_bias, Tensor? norm_weight, "
+      "Tensor? has_initial=None, Tensor? cu_seqlens=None, Tensor? checkpoint_tokens=None, "
+      "Tensor? checkpoint_indices=None, *, int? group_size=None, float eps=1e-5, bool norm_before_gate=False, "
+      "str? activation='silu', int chunk_size=128, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) "
+      "-> Tensor");
+  m.def(
+      "mamba2_decode(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, "
+      "Tensor(b!) ssm_state, Tensor A, Tensor? D, Tensor? dt_bias, Tensor? norm_weight, "
+      "Tensor? state_indices=None, Tensor? dst_state_indices=None, *, Tensor? num_accepted=None, "
+      "Tensor? num_tokens=None, Tensor? parents=None, Tensor(c!)? state_scale=None, Tensor? seed=None, "
+      "str rounding='nearest', int? group_size=None, float eps=1e-5, bool norm_before_gate=False, "
+      "str? activation='silu', bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) -> Tensor");
 
   // ---- moe: routing, grouped experts, the LatentMoE layer
   m.def(

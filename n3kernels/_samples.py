@@ -120,8 +120,8 @@ def _(r: _Random) -> Call:
 
 @_of("causal_conv1d.slots")
 def _(r: _Random) -> Call:
-    args = (r.normal(2, 6, 12), r.normal(12, 4), r.normal(12), r.normal(3, 12, 3), _ints(2, 0))
-    return (*args, torch.tensor([True, False])), {"activation": "silu"}
+    args = (r.normal(2, 6, 12), r.normal(12, 4), r.normal(12), r.normal(5, 12, 4), _ints(2, 0))
+    return (*args, torch.tensor([True, False]), None, _ints(1, 10), _ints(1, 4)), {"activation": "silu"}
 
 
 @_of("causal_conv1d_bwd")
@@ -132,8 +132,9 @@ def _(r: _Random) -> Call:
 
 @_of("causal_conv1d_update")
 def _(r: _Random) -> Call:
-    args = (r.normal(2, 2, 12), r.normal(6, 12, 3), r.normal(12, 4), r.normal(12))
-    return (*args, _ints(0, 1), _ints([2, 3], [4, -1])), {"activation": "silu"}
+    args = (r.normal(2, 3, 12), r.normal(9, 12, 4), r.normal(12, 4), r.normal(12), _ints([0, 1], [2, 3]))
+    tree = {"num_accepted": _ints(2, 1), "num_tokens": _ints(3, 2), "parents": _ints([-1, 0, 0], [-1, -1, 0])}
+    return (*args, _ints([4, 5, 6], [7, 8, -1])), {**tree, "activation": "silu"}
 
 
 def _scan(r: _Random, tokens: int) -> tuple[Tensor, ...]:
@@ -150,7 +151,8 @@ def _(r: _Random) -> Call:
 
 @_of("ssd_scan.slots")
 def _(r: _Random) -> Call:
-    return (*_scan(r, 6), r.normal(3, 4, 8, 16), _ints(2, 0), torch.tensor([True, False])), {"chunk_size": 4}
+    args = (*_scan(r, 6), r.normal(5, 4, 8, 16), _ints(2, 0), torch.tensor([True, False]))
+    return (*args, None, _ints(1, 10), _ints(1, 4)), {"chunk_size": 4}
 
 
 @_of("ssd_scan_bwd")
@@ -161,7 +163,53 @@ def _(r: _Random) -> Call:
 
 @_of("ssm_update")
 def _(r: _Random) -> Call:
-    return (r.normal(6, 4, 8, 16), *_scan(r, 2), _ints(0, 1), _ints([2, 3], [4, -1])), {}
+    args = (r.normal(9, 4, 8, 16), *_scan(r, 3), _ints([0, 1], [2, 3]), _ints([4, 5, 6], [7, 8, -1]))
+    tree = {"num_accepted": _ints(2, 1), "num_tokens": _ints(3, 2), "parents": _ints([-1, 0, 0], [-1, -1, 0])}
+    return args, {**tree, "dt_max": 0.5}
+
+
+def _rings(r: _Random) -> tuple[Tensor, Tensor, Tensor]:
+    """x, B and dt of 6 tokens in each of 3 slots."""
+    return r.normal(3, 6, 4, 8), r.normal(3, 6, 2, 16), r.normal(3, 6, 4).abs()
+
+
+@_of("ssm_replay_update")
+def _(r: _Random) -> Call:
+    """The first sequence folds its committed tokens into the state, the second does not."""
+    state, positions = r.normal(3, 4, 8, 16), _ints([4, 1], [0, 0], [5, 3])
+    return (state, *_rings(r), positions, *_scan(r, 3), _ints(2, 0)), {"parents": _ints([-1, 0, 0], [-1, -1, 0])}
+
+
+@_of("ssm_replay_commit")
+def _(r: _Random) -> Call:
+    rings = _rings(r)
+    return (_ints([4, 1], [0, 0], [5, 3]), *rings, _ints(2, 1), 3, _ints([0, 2, 0], [1, 0, 0]), _ints(2, 0)), {}
+
+
+@_of("ssm_replay_flush")
+def _(r: _Random) -> Call:
+    state, rings = r.normal(3, 4, 8, 16), _rings(r)
+    return (state, _ints([4, 1], [0, 0], [5, 3]), *rings, -torch.rand(4, generator=r.generator), _ints(2, -1, 0)), {}
+
+
+def _mixer(r: _Random, *tokens: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """zxbcdt, the convolution's weights and both states; A, D, dt_bias and the norm's weight."""
+    first = r.normal(*tokens, 132), r.normal(96, 4), r.normal(96), r.normal(9, 96, 3), r.normal(9, 4, 8, 16)
+    return first, (-torch.rand(4, generator=r.generator) * 8, r.normal(4), r.normal(4) - 2, r.normal(32))
+
+
+@_of("mamba2_prefill")
+def _(r: _Random) -> Call:
+    first, rest = _mixer(r, 12)
+    where = (torch.tensor([True, False]), _ints(0, 4, 11), _ints(1, 10), _ints(1, 4))
+    return (*first, _ints(2, 0), *rest, *where), {"chunk_size": 4}
+
+
+@_of("mamba2_decode")
+def _(r: _Random) -> Call:
+    first, rest = _mixer(r, 2, 3)
+    tree = {"num_accepted": _ints(2, 1), "num_tokens": _ints(3, 2), "parents": _ints([-1, 0, 0], [-1, -1, 0])}
+    return (*first, *rest, _ints([0, 1], [2, 3]), _ints([4, 5, 6], [7, 8, -1])), {**tree, "group_size": 8}
 
 
 # ---------------------------------------------------------------- moe: 5 tokens, 8 experts, 2 of them per token

@@ -18,7 +18,7 @@ __all__ = ["Deviation", "Watch", "compare"]
 
 # Arguments that are float32 by contract: stored scales, and parameters of the sampler.
 _FLOAT32 = {"global_scale", "up_global", "down_global", "shared_up_global", "shared_down_global"}
-_FLOAT32 |= {"temperature", "top_p", "min_p", "bias_val"}
+_FLOAT32 |= {"temperature", "top_p", "min_p", "bias_val", "state_scale"}
 # Operators whose definition is a sequence of single float32 roundings: compared as called, byte for byte.
 _ROUNDED = {"nvfp4_quantize"}
 _WIDE = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,6 +55,8 @@ def _bytes(t: Tensor) -> Tensor:
 
 
 def _tensors(results: Any) -> list[Tensor]:
+    if results is None:  # of an operator that only writes
+        return []
     return [results] if isinstance(results, Tensor) else list(results)
 
 
@@ -74,7 +76,8 @@ def compare(op: _dispatch.Op, args: tuple, kwargs: dict[str, Any], into: Deviati
     for out, truth in zip(_tensors(results), _tensors(truths), strict=True):
         into.add(out, truth)
     for argument in op.overload._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and bound.arguments.get(argument.name) is not None:
             into.add(bound.arguments[argument.name], wide.arguments[argument.name])
     return results
 

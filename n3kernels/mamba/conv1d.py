@@ -7,7 +7,8 @@ from .. import _dispatch
 from .._autograd import grads_through
 from .._checks import Check
 from . import reference
-from ._sequences import check_slots, count_sequences
+from ._sequences import check_checkpoints, check_slots, count_sequences
+from ._supports import not_float64
 
 __all__ = ["causal_conv1d", "causal_conv1d_slots"]
 
@@ -60,6 +61,8 @@ def causal_conv1d_slots(
     state_indices: Tensor,
     has_initial: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    checkpoint_tokens: Tensor | None = None,
+    checkpoint_indices: Tensor | None = None,
     *,
     activation: str | None = None,
 ) -> Tensor:
@@ -67,16 +70,23 @@ def causal_conv1d_slots(
 
     Args:
         x, weight, bias, cu_seqlens, activation: as for `causal_conv1d`.
-        conv_state: ``[slots, C, W - 1]``, dtype of ``x``, any strides; written in place.
+        conv_state: ``[slots, C, K]``, K >= W - 1, dtype of ``x``, any strides: the last K raw inputs, oldest first, of
+            which the newest W - 1 are read; written in place.
         state_indices: ``[S]``, int32 or int64: the slot of each sequence, each at most once. A negative index marks a
             padding sequence: its output is zero and no slot is read or written.
         has_initial: ``[S]``, bool: False starts a sequence from zeros whatever its slot holds. None: all True.
+        checkpoint_tokens: ``[M]``, int32, or None: the state after each of these tokens is kept too. A token is named
+            by its position among all: in packed tokens its row, in a batch ``b L + t``.
+        checkpoint_indices: ``[M]``, int32 or int64: the slot for each of these states; negative: not written. Nor is
+            one of a padding sequence or behind the last sequence. All slots written must be distinct.
     Returns:
         ``y``, shape, dtype, accuracy and determinism as for `causal_conv1d`. The slot of an empty sequence keeps its
-        state, or becomes zero where ``has_initial`` is False. Nothing is written when the call raises.
+        state, or becomes zero where ``has_initial`` is False. Checkpoints change neither ``y`` nor final states, and
+        each is the final state of the sequence cut off behind its token. All states are read before any is written;
+        nothing is written when the call raises.
     Raises:
         RuntimeError: a shape, dtype or value outside the above; the message names argument and values. The values of
-            ``cu_seqlens`` and ``state_indices`` are checked on the CPU only.
+            ``cu_seqlens``, ``state_indices`` and checkpoints are checked on the CPU only.
     Source: as for `causal_conv1d`; states by slot as serving engines keep them.
 
     >>> conv_state = torch.zeros(4, 8, 3)
@@ -86,8 +96,9 @@ def causal_conv1d_slots(
     (True, 0)
     """
     return torch.ops.n3.causal_conv1d.slots(
-        x, weight, bias, conv_state, state_indices, has_initial, cu_seqlens, activation=activation
-    )
+        x, weight, bias, conv_state, state_indices, has_initial, cu_seqlens, checkpoint_tokens, checkpoint_indices,
+        activation=activation,
+    )  # fmt: skip
 
 
 def check_taps(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[int, int]:
@@ -115,25 +126,39 @@ def _check(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, activat
     check.same_device("x", x, weight=weight, bias=bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
-def _check_slots(x, weight, bias, conv_state, state_indices, has_initial=None, cu_seqlens=None, *, activation=None):
+def check_conv_state(check: Check, conv_state: Tensor, channels: int, past: int, x: Tensor) -> None:
+    check.dim("conv_state", conv_state, 3)
+    slots, _, length = conv_state.shape
+    check.shape("conv_state", conv_state, (slots, channels, length))
+    check.that(length >= past, f"conv_state must hold at least {past} inputs", length)
+    check.same_dtype("conv_state", conv_state, "x", x)
+
+
+def _check_slots(
+    x, weight, bias, conv_state, state_indices, has_initial=None, cu_seqlens=None,
+    checkpoint_tokens=None, checkpoint_indices=None, *, activation=None,
+):  # fmt: skip
     check = Check("causal_conv1d")
     sequences = count_sequences(check, x, cu_seqlens, 3)
     channels, past = check_taps(check, x, weight, bias, activation)
-    check.dim("conv_state", conv_state, 3)
-    check.shape("conv_state", conv_state, (conv_state.shape[0], channels, past))
-    check.same_dtype("conv_state", conv_state, "x", x)
+    check_conv_state(check, conv_state, channels, past, x)
     check_slots(check, state_indices, has_initial, sequences)
+    check_checkpoints(check, checkpoint_tokens, checkpoint_indices)
     check.same_device("x", x, weight=weight, bias=bias, conv_state=conv_state)
     check.same_device("x", x, state_indices=state_indices, has_initial=has_initial, cu_seqlens=cu_seqlens)
+    check.same_device("x", x, checkpoint_tokens=checkpoint_tokens, checkpoint_indices=checkpoint_indices)
 
 
 def _check_bwd(grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, activation):
     _check(x, weight, bias, initial_state, cu_seqlens, activation=activation)
     check = Check("causal_conv1d_bwd")
     check.shape("grad_y", grad_y, x.shape)
+    check.same_dtype("grad_y", grad_y, "x", x)
     if grad_final_state is not None:
         sequences = count_sequences(check, x, cu_seqlens, 3)
         check.shape("grad_final_state", grad_final_state, (sequences, x.shape[-1], weight.shape[1] - 1))
+        check.same_dtype("grad_final_state", grad_final_state, "x", x)
+    check.same_device("x", x, grad_y=grad_y, grad_final_state=grad_final_state)
 
 
 def _fake(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, activation=None):
@@ -176,7 +201,6 @@ def _backward(ctx, grad_y, grad_final_state):
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinitial, None
 
 
-_LATER = "arrives with the mamba family"
 _dispatch.register(
     "causal_conv1d",
     check=_check,
@@ -184,19 +208,23 @@ _dispatch.register(
     reference=reference.causal_conv1d,
     setup_context=_setup_context,
     backward=_backward,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
+    triton="n3kernels.triton_ops.mamba.conv1d:causal_conv1d",
 )
 _dispatch.register(
     "causal_conv1d.slots",
     check=_check_slots,
     fake=_fake_slots,
     reference=reference.causal_conv1d_slots,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
+    triton="n3kernels.triton_ops.mamba.conv1d:causal_conv1d_slots",
 )
 _dispatch.register(
     "causal_conv1d_bwd",
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64},
+    triton="n3kernels.triton_ops.mamba.conv1d:causal_conv1d_bwd",
+    missing={"cuda": "gradients have a Triton kernel"},
 )

@@ -7,6 +7,7 @@ from .. import _dispatch
 from .._autograd import grads_through
 from .._checks import Check
 from . import reference
+from ._supports import not_float64
 
 __all__ = ["gated_rms_norm"]
 
@@ -53,7 +54,10 @@ def _check(x, z, weight, group_size, eps=1e-5, norm_before_gate=False):
 
 def _check_bwd(grad_y, x, z, weight, group_size, eps, norm_before_gate):
     _check(x, z, weight, group_size, eps, norm_before_gate)
-    Check("gated_rms_norm_bwd").shape("grad_y", grad_y, x.shape)
+    check = Check("gated_rms_norm_bwd")
+    check.shape("grad_y", grad_y, x.shape)
+    check.same_dtype("grad_y", grad_y, "x", x)
+    check.same_device("x", x, grad_y=grad_y)
 
 
 def _fake(x, z, weight, group_size, eps=1e-5, norm_before_gate=False):
@@ -64,11 +68,14 @@ def _reference_bwd(grad_y, x, z, weight, group_size, eps, norm_before_gate):
     def forward(x, z, weight):
         return reference.gated_rms_norm(x, z, weight, group_size, eps, norm_before_gate)
 
-    return grads_through(forward, (x, z, weight), (grad_y,))
+    return tuple(g.contiguous() for g in grads_through(forward, (x, z, weight), (grad_y,)))
 
 
 def _fake_bwd(grad_y, x, z, weight, group_size, eps, norm_before_gate):
-    return torch.empty_like(x), x.new_empty(0) if z is None else torch.empty_like(z), torch.empty_like(weight)
+    return tuple(
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (x, z, weight)
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -82,20 +89,22 @@ def _backward(ctx, grad_y):
     return dx, None if z is None else dz, dweight, None, None, None
 
 
-_LATER = "arrives with the mamba family"
 _dispatch.register(
     "gated_rms_norm",
     check=_check,
     fake=_fake,
     reference=reference.gated_rms_norm,
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
     setup_context=_setup_context,
     backward=_backward,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mamba.gated_norm:gated_rms_norm",
 )
 _dispatch.register(
     "gated_rms_norm_bwd",
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64},
+    triton="n3kernels.triton_ops.mamba.gated_norm:gated_rms_norm_bwd",
+    missing={"cuda": "gradients have a Triton kernel"},
 )

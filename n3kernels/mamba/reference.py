@@ -1,4 +1,6 @@
-"""The definition of every mamba operator in plain PyTorch: slow, and obvious on purpose.
+"""The definition of the mamba operators on prompts in plain PyTorch: slow, and obvious on purpose.
+
+Those on running sequences are in reference_decode.py, the whole mixer in reference_mixer.py.
 
 Everything is computed in float32, or in float64 where the inputs are float64, and rounded once at the end.
 """
@@ -11,16 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import Check
+from ._slots import check_ends, check_prefill, load
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_slots",
-    "causal_conv1d_update",
     "gated_rms_norm",
+    "skip_and_gate",
     "ssd_scan",
     "ssd_scan_slots",
-    "ssm_update",
+    "time_step",
+    "token_count",
+    "wide_dtype",
+    "zero_padding",
 ]
 
 
@@ -48,7 +53,7 @@ def causal_conv1d(
     batch, length, _ = x.shape
     before = x.new_zeros(batch, channels, width - 1) if initial_state is None else initial_state
     raw = torch.cat([before.transpose(1, 2), x], dim=1)  # [batch, width - 1 + length, channels]
-    wide = _wide(x)
+    wide = wide_dtype(x)
     taps, inputs = weight.to(wide), raw.to(wide)
     y = sum(inputs[:, k : k + length] * taps[:, k] for k in range(width))
     if bias is not None:
@@ -67,38 +72,22 @@ def causal_conv1d_slots(
     state_indices: Tensor,
     has_initial: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    checkpoint_tokens: Tensor | None = None,
+    checkpoint_indices: Tensor | None = None,
     *,
     activation: str | None = None,
 ) -> Tensor:
-    before = _load("causal_conv1d", conv_state, state_indices, has_initial)
-    y, after = causal_conv1d(x, weight, bias, before, cu_seqlens, activation=activation)
-    _store(conv_state, state_indices, after)
-    return _zero_padding(y, state_indices, cu_seqlens)
-
-
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state_indices: Tensor | None = None,
-    dst_state_indices: Tensor | None = None,
-    *,
-    activation: str | None = None,
-) -> Tensor:
-    op = "causal_conv1d_update"
-    tokens = x[:, None] if x.dim() == 2 else x
-    source = _own_slots(x) if state_indices is None else state_indices
-    before = _load(op, conv_state, source)
-    y, after = causal_conv1d(tokens, weight, bias, before, activation=activation)
-    _check_below(op, "dst_state_indices", dst_state_indices, conv_state)
-    if dst_state_indices is not None and dst_state_indices.dim() == 2:
-        raw = torch.cat([before, tokens.transpose(1, 2)], dim=-1)
-        width, steps = weight.shape[1], range(tokens.shape[1])
-        _store_each(conv_state, source, dst_state_indices, [raw[..., t + 1 : t + width] for t in steps])
-    else:
-        _store_last(conv_state, source, dst_state_indices, after)
-    return _zero_padding(y, source).view(x.shape)
+    past, length = weight.shape[1] - 1, conv_state.shape[2]
+    where = (state_indices, cu_seqlens, checkpoint_tokens, checkpoint_indices)
+    check_prefill("causal_conv1d", "x", token_count(x, 3), conv_state, *where)
+    before = load(conv_state, state_indices, has_initial)  # [S, C, length]: the last inputs are the past
+    y, _ = causal_conv1d(x, weight, bias, before[..., length - past :], cu_seqlens, activation=activation)
+    after = []
+    for s, span, slot in _finals(state_indices, cu_seqlens) + _checkpoints(x, *where):
+        raw = torch.cat([before[s], x[span].transpose(0, 1)], 1)
+        after.append((slot, raw[:, raw.shape[1] - length :]))
+    _write(conv_state, after)
+    return zero_padding(y, state_indices, cu_seqlens)
 
 
 # ---------------------------------------------------------------- state space duality
@@ -121,7 +110,7 @@ def ssd_scan(
     dt_min: float = 0.0,
     dt_max: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
+    wide = wide_dtype(x)
     state_shape = (*x.shape[-2:], B.shape[-1])  # heads, head_dim, d_state
     if cu_seqlens is not None:
         options = {"chunk_size": chunk_size, "dt_softplus": dt_softplus, "dt_min": dt_min, "dt_max": dt_max}
@@ -138,10 +127,10 @@ def ssd_scan(
         state = x.new_zeros(len(x), *state_shape, dtype=wide)
     else:
         state = initial_states.to(wide, copy=True)
-    step = _time_step(dt.to(wide), dt_bias, dt_softplus, dt_min, dt_max)
+    step = time_step(dt.to(wide), dt_bias, dt_softplus, dt_min, dt_max)
     with torch.autocast(x.device.type, enabled=False):  # it would multiply in 16 bits
         y, state = _chunked_scan(x.to(wide), step, A.to(wide), B.to(wide), C.to(wide), state, chunk_size)
-    return _skip_and_gate(y, x, D, z).to(x.dtype).contiguous(), state.contiguous()
+    return skip_and_gate(y, x, D, z).to(x.dtype).contiguous(), state.contiguous()
 
 
 def _chunked_scan(
@@ -198,6 +187,8 @@ def ssd_scan_slots(
     state_indices: Tensor,
     has_initial: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    checkpoint_tokens: Tensor | None = None,
+    checkpoint_indices: Tensor | None = None,
     *,
     chunk_size: int = 128,
     dt_softplus: bool = True,
@@ -205,54 +196,20 @@ def ssd_scan_slots(
     dt_max: float | None = None,
 ) -> Tensor:
     options = {"chunk_size": chunk_size, "dt_softplus": dt_softplus, "dt_min": dt_min, "dt_max": dt_max}
-    before = _load("ssd_scan", state, state_indices, has_initial)
-    y, after = ssd_scan(x, dt, A, B, C, D, z, dt_bias, before, cu_seqlens, **options)
-    _store(state, state_indices, after)
-    return _zero_padding(y, state_indices, cu_seqlens)
+    where = (state_indices, cu_seqlens, checkpoint_tokens, checkpoint_indices)
+    check_prefill("ssd_scan", "x", token_count(x, 4), state, *where)
+    before = load(state, state_indices, has_initial)
+    y, final = ssd_scan(x, dt, A, B, C, D, z, dt_bias, before, cu_seqlens, **options)
+    after = list(zip(state_indices.tolist(), final, strict=True))
+    for s, span, slot in _checkpoints(x, *where):  # what the sequence would leave behind if it ended here
+        prefix = [t[span][None] for t in (x, dt, B, C)]
+        _, row = ssd_scan(prefix[0], prefix[1], A, *prefix[2:], None, None, dt_bias, before[s : s + 1], **options)
+        after.append((slot, row[0]))
+    _write(state, after)
+    return zero_padding(y, state_indices, cu_seqlens)
 
 
-def ssm_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    state_indices: Tensor | None = None,
-    dst_state_indices: Tensor | None = None,
-    *,
-    dt_softplus: bool = True,
-    dt_min: float = 0.0,
-    dt_max: float | None = None,
-) -> Tensor:
-    op, wide, heads = "ssm_update", _wide(x), x.shape[-2]
-    source = _own_slots(x) if state_indices is None else state_indices
-    h = _load(op, state, source).to(wide)
-    _check_below(op, "dst_state_indices", dst_state_indices, state)
-    # In float64, rounded once: PyTorch's vectorised float32 functions round the last elements of a tensor differently,
-    # and T tokens at once must give the bits of T single ones.
-    step = _time_step(dt.double(), dt_bias, dt_softplus, dt_min, dt_max).to(wide)
-    decay, u = torch.exp((step * A.to(wide)).double()).to(wide), x.to(wide) * step[..., None]
-    B, C = (t.to(wide).repeat_interleave(heads // t.shape[-2], dim=-2) for t in (B, C))
-    if x.dim() == 3:
-        decay, u, B, C = (t[:, None] for t in (decay, u, B, C))
-    after, y = [], torch.empty_like(u)
-    for t in range(u.shape[1]):
-        h = decay[:, t, :, None, None] * h + u[:, t, :, :, None] * B[:, t, :, None, :]
-        y[:, t] = (h * C[:, t, :, None, :]).sum(-1)
-        after.append(h)
-    if dst_state_indices is not None and dst_state_indices.dim() == 2:
-        _store_each(state, source, dst_state_indices, after)
-    else:
-        _store_last(state, source, dst_state_indices, h)
-    y = _skip_and_gate(y.view(x.shape), x, D, z).to(x.dtype)
-    return _zero_padding(y.contiguous(), source)
-
-
-def _time_step(dt: Tensor, bias: Tensor | None, softplus: bool, dt_min: float, dt_max: float | None) -> Tensor:
+def time_step(dt: Tensor, bias: Tensor | None, softplus: bool, dt_min: float, dt_max: float | None) -> Tensor:
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
     if softplus:
@@ -260,7 +217,7 @@ def _time_step(dt: Tensor, bias: Tensor | None, softplus: bool, dt_min: float, d
     return dt.clamp(dt_min, dt_max)
 
 
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
         y = y + x.to(y.dtype) * (D[:, None] if D.dim() == 1 else D).to(y.dtype)
     return y if z is None else y * F.silu(z.to(y.dtype))
@@ -272,7 +229,7 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
 def gated_rms_norm(
     x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float = 1e-5, norm_before_gate: bool = False
 ) -> Tensor:
-    wide = _wide(x)
+    wide = wide_dtype(x)
     h = x.to(wide)
     gate = None if z is None else F.silu(z.to(wide))
     if gate is not None and not norm_before_gate:
@@ -287,7 +244,7 @@ def gated_rms_norm(
 # ---------------------------------------------------------------- packed sequences and slots
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -295,49 +252,58 @@ def _each_sequence(
     op: str, one: Callable[[int, slice], tuple[Tensor, Tensor]], x: Tensor, cu_seqlens: Tensor, no_states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs ``one(sequence, its tokens)`` on each packed sequence. Tokens behind the last one are padding: zeros."""
+    check_ends(op, "x", len(x), cu_seqlens)
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] > len(x) or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-        Check(op).fail(f"cu_seqlens must rise from 0 to at most the {len(x)} tokens of x, got {ends}")
     parts = [one(s, slice(*ends[s : s + 2])) for s in range(len(ends) - 1)]
     y = torch.cat([*(y[0] for y, _ in parts), torch.zeros_like(x[ends[-1] :])])
     return y.contiguous(), torch.cat([no_states, *(state for _, state in parts)])
 
 
-def _own_slots(x: Tensor) -> Tensor:
-    return torch.arange(len(x), device=x.device)
+# A sequence, how to index its tokens, and the slot that the state after the last of them goes to.
+_Writes = list[tuple[int, tuple, int]]
 
 
-def _check_below(op: str, name: str, indices: Tensor | None, state: Tensor) -> None:
-    if indices is not None and indices.numel() and (largest := int(indices.max())) >= len(state):
-        Check(op).fail(f"{name} must be below the number of slots {len(state)}, got {largest}")
+def _finals(indices: Tensor, cu_seqlens: Tensor | None) -> _Writes:
+    slots = indices.tolist()
+    if cu_seqlens is None:
+        return [(s, (s,), slot) for s, slot in enumerate(slots)]
+    ends = cu_seqlens.tolist()
+    return [(s, (slice(*ends[s : s + 2]),), slot) for s, slot in enumerate(slots)]
 
 
-def _load(op: str, state: Tensor, indices: Tensor, has_initial: Tensor | None = None) -> Tensor:
-    """Copies of the slots; zeros for a padding sequence (negative index) and where there is no initial state."""
-    _check_below(op, "state_indices", indices, state)
-    read = indices >= 0 if has_initial is None else (indices >= 0) & has_initial
-    rows = state.new_zeros(len(indices), *state.shape[1:])
-    rows[read] = state[indices[read].long()]
-    return rows
+def _checkpoints(
+    x: Tensor, indices: Tensor, cu_seqlens: Tensor | None, tokens: Tensor | None, slots: Tensor | None
+) -> _Writes:
+    """The checkpoints that are written: none in a padding sequence, and none behind the last sequence."""
+    found = []
+    for token, slot in [] if tokens is None else zip(tokens.tolist(), slots.tolist(), strict=True):
+        if cu_seqlens is None:
+            s, t = divmod(token, x.shape[1])
+            span = (s, slice(0, t + 1))
+        else:
+            s = int((cu_seqlens <= token).sum()) - 1
+            span = (slice(int(cu_seqlens[s]), token + 1),)
+        if s < len(indices) and indices[s] >= 0:
+            found.append((s, span, slot))
+    return found
 
 
-def _store(state: Tensor, indices: Tensor, rows: Tensor) -> None:
-    written = indices >= 0
-    state[indices[written].long()] = rows[written].to(state.dtype)
+def token_count(x: Tensor, dim: int) -> int:
+    """Tokens of all sequences; ``dim`` dimensions are batched."""
+    return x.shape[0] * x.shape[1] if x.dim() == dim else x.shape[0]
 
 
-def _store_last(state: Tensor, source: Tensor, destination: Tensor | None, rows: Tensor) -> None:
-    _store(state, source if destination is None else destination.masked_fill(source < 0, -1), rows)
+def _write(state: Tensor, rows: list[tuple[int, Tensor]]) -> None:
+    for slot, row in rows:
+        if slot >= 0:
+            state[slot] = row
 
 
-def _store_each(state: Tensor, source: Tensor, destination: Tensor, after: list[Tensor]) -> None:
-    for t, rows in enumerate(after):
-        _store_last(state, source, destination[:, t], rows)
-
-
-def _zero_padding(y: Tensor, indices: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+def zero_padding(y: Tensor, indices: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Zeros in padding sequences and, in packed tokens, behind the last sequence."""
     padding = indices < 0
     if cu_seqlens is not None:
         padding = padding.repeat_interleave(cu_seqlens.diff())
+        y[len(padding) :] = 0
     y[: len(padding)][padding] = 0
     return y

@@ -7,7 +7,8 @@ from .. import _dispatch
 from .._autograd import grads_through
 from .._checks import Check
 from . import reference
-from ._sequences import check_slots, count_sequences
+from ._sequences import check_checkpoints, check_slots, count_sequences
+from ._supports import not_float64, tensor_core_scan
 
 __all__ = ["ssd_scan", "ssd_scan_slots"]
 
@@ -86,6 +87,8 @@ def ssd_scan_slots(
     state_indices: Tensor,
     has_initial: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    checkpoint_tokens: Tensor | None = None,
+    checkpoint_indices: Tensor | None = None,
     *,
     chunk_size: int = 128,
     dt_softplus: bool = True,
@@ -100,13 +103,20 @@ def ssd_scan_slots(
         state_indices: ``[S]``, int32 or int64: the slot of each sequence, each at most once. A negative index marks a
             padding sequence: its output is zero and no slot is read or written.
         has_initial: ``[S]``, bool: False starts a sequence from zeros whatever its slot holds. None: all True.
+        checkpoint_tokens: ``[M]``, int32, or None: the state after each of these tokens is kept too. A token is named
+            by its position among all: in packed tokens its row, in a batch ``b L + t``.
+        checkpoint_indices: ``[M]``, int32 or int64: the slot for each of these states; negative: not written. Nor is
+            one of a padding sequence or behind the last sequence. All slots written must be distinct.
     Returns:
         ``y``, shape, dtype, accuracy and determinism as for `ssd_scan`. States are float32 inside the call and rounded
         once, to nearest even, when written. The slot of an empty sequence keeps its state, or becomes zero where
-        ``has_initial`` is False. Nothing is written when the call raises.
+        ``has_initial`` is False. Checkpoints change the bits of neither ``y`` nor final states, and each has those of
+        the final state of the sequence cut off behind its token. From kernels, a prompt in pieces that begin at
+        multiples of 64 tokens, with a float32 state, gives the bits of the prompt in one. All states are read before
+        any is written; nothing is written when the call raises.
     Raises:
         RuntimeError: a shape, dtype or value outside the above; the message names argument and values. The values of
-            ``cu_seqlens`` and ``state_indices`` are checked on the CPU only.
+            ``cu_seqlens``, ``state_indices`` and checkpoints are checked on the CPU only.
     Source: as for `ssd_scan`; states by slot as serving engines keep them.
 
     >>> x, dt, A = torch.randn(5, 4, 8), torch.randn(5, 4), -torch.rand(4)
@@ -118,6 +128,7 @@ def ssd_scan_slots(
     """
     return torch.ops.n3.ssd_scan.slots(
         x, dt, A, B, C, D, z, dt_bias, state, state_indices, has_initial, cu_seqlens,
+        checkpoint_tokens, checkpoint_indices,
         chunk_size=chunk_size, dt_softplus=dt_softplus, dt_min=dt_min, dt_max=dt_max,
     )  # fmt: skip
 
@@ -168,7 +179,7 @@ def _check(
 
 def _check_slots(
     x, dt, A, B, C, D, z, dt_bias, state, state_indices, has_initial=None, cu_seqlens=None,
-    *, chunk_size=128, dt_softplus=True, dt_min=0.0, dt_max=None,
+    checkpoint_tokens=None, checkpoint_indices=None, *, chunk_size=128, dt_softplus=True, dt_min=0.0, dt_max=None,
 ):  # fmt: skip
     check = Check("ssd_scan")
     sequences = count_sequences(check, x, cu_seqlens, 4)
@@ -177,8 +188,10 @@ def _check_slots(
     check.shape("state", state, (state.shape[0], *x.shape[-2:], B.shape[-1]))
     check.floating("state", state)
     check_slots(check, state_indices, has_initial, sequences)
+    check_checkpoints(check, checkpoint_tokens, checkpoint_indices)
     check.that(chunk_size >= 1, "chunk_size must be at least 1", chunk_size)
     check.same_device("x", x, state=state, state_indices=state_indices, has_initial=has_initial, cu_seqlens=cu_seqlens)
+    check.same_device("x", x, checkpoint_tokens=checkpoint_tokens, checkpoint_indices=checkpoint_indices)
 
 
 def _check_bwd(
@@ -252,21 +265,25 @@ _dispatch.register(
     check=_check,
     fake=_fake,
     reference=reference.ssd_scan,
+    triton="n3kernels.triton_ops.mamba.ssd_scan:ssd_scan",
     setup_context=_setup_context,
     backward=_backward,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": tensor_core_scan},
 )
 _dispatch.register(
     "ssd_scan.slots",
     check=_check_slots,
     fake=_fake_slots,
     reference=reference.ssd_scan_slots,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mamba.ssd_scan:ssd_scan_slots",
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": tensor_core_scan},
 )
 _dispatch.register(
     "ssd_scan_bwd",
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mamba.ssd_scan_bwd:ssd_scan_bwd",
+    supports={"cpu": not_float64, "triton": not_float64},
+    missing={"cuda": _LATER},
 )
