@@ -35,12 +35,20 @@ def compile_case(case, arch: int) -> dict[str, object]:
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
-    signature = {name: case.types.get(name, "constexpr") for name in names}
-    constants = {(names.index(name),): value for name, value in case.constexprs.items()}
     missing = [n for n in names if n not in case.types and n not in case.constexprs]
     assert not missing, f"{case.name}: no type for {missing}"
-    aligned = case.aligned or [name for name, type in case.types.items() if type.startswith("*")]
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    signature, constants, attrs = {}, {(names.index(name),): value for name, value in case.constexprs.items()}, {}
+    multiple_of_16 = [["tt.divisibility", 16]]
+    for i, name in enumerate(names):
+        type = case.types.get(name, "constexpr")
+        if isinstance(type, tuple):
+            constants |= {(i, j): t for j, t in enumerate(type) if isinstance(t, int)}
+            attrs |= {(i, j): multiple_of_16 for j, t in enumerate(type) if str(t).endswith(":16")}
+            signature[name] = tuple("constexpr" if isinstance(t, int) else t.partition(":")[0] for t in type)
+        else:
+            signature[name], _, multiple = type.partition(":")
+            if multiple or name in case.aligned or (not case.aligned and type.startswith("*")):
+                attrs[(i,)] = multiple_of_16
     source = ASTSource(case.kernel, signature, constants, attrs)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
     return {"shared": kernel.metadata.shared, "cubin": len(kernel.asm["cubin"])}

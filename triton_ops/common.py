@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRET", "Case", "architecture", "batch_invariant", "dot", "guard", "narrow", "on_row_of", "widen"]
+__all__ = [
+    "INTERPRET", "Case", "architecture", "batch_invariant", "device_function", "dot", "guard", "narrow", "on_row_of",
+    "widen",
+]  # fmt: skip
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -27,7 +30,17 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 # ---------------------------------------------------------------- device side
 
 
-@triton.jit
+def device_function(fn: Callable[..., Any]) -> Any:
+    """``triton.jit`` for a function that kernels call.
+
+    The interpreter runs plain Python inside a kernel just as well, and takes half a millisecond to enter a jitted
+    function: a kernel with ten calls in a loop would spend its tests there. Plain, it does not turn Python numbers that
+    are assigned to variables into tensors.
+    """
+    return fn if INTERPRET.value else triton.jit(fn)
+
+
+@device_function
 def widen(x):
     """x in float32, exactly. To be applied right after a load."""
     if INTERPRET and x.dtype == tl.bfloat16:
@@ -36,7 +49,7 @@ def widen(x):
         return x.to(tl.float32)
 
 
-@triton.jit
+@device_function
 def narrow(x, dtype: tl.constexpr):
     """float32 -> dtype, to nearest even."""
     if INTERPRET and dtype == tl.bfloat16:
@@ -48,7 +61,7 @@ def narrow(x, dtype: tl.constexpr):
         return x.to(dtype)
 
 
-@triton.jit
+@device_function
 def dot(a, b, acc):
     """acc + a @ b, summed in float32: on the tensor cores for 16-bit operands, by FMA for float32 ones.
 
@@ -96,11 +109,14 @@ class Case:
 
     Every module of kernels has a function ``compile_cases(arch)`` that yields one case for each kernel, dtype and row
     of its configuration table; tests/test_compile_only.py compiles them all for every architecture, without a GPU.
+
+    A tuple of strides has a tuple of types. ``"i32:16"`` is a multiple of 16, and 1 a stride of one: facts which
+    Triton's launcher tells the compiler of every integer that may be specialised, and wide loads need.
     """
 
     name: str
     kernel: Any
-    types: Mapping[str, str]  # argument -> Triton's name of its type: "*bf16", "*u8", "i32"
+    types: Mapping[str, Any]  # argument -> Triton's name of its type: "*bf16", "*u8", "i32", ("i32:16", 1)
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
     aligned: Sequence[str] = ()  # arguments that are multiples of 16; default: all pointers
