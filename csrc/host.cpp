@@ -5,6 +5,11 @@
 
 #include "common/cpu.h"
 #include "common/numerics.h"
+#include "mamba/conv1d_plan.h"
+#include "mamba/gated_norm_plan.h"
+#include "mamba/mamba2_decode_plan.h"
+#include "mamba/ssd_scan_plan.h"
+#include "mamba/ssm_update_plan.h"
 #include "nvfp4/linear_plan.h"
 #include "nvfp4/quantize_plan.h"
 
@@ -52,4 +57,70 @@ PYBIND11_MODULE(_host, m) {
         return py::make_tuple(p.partials, p.blocks, p.places);
       },
       py::arg("rows"), py::arg("k"), py::arg("swizzled"));
+
+  // (threads of a group, blocks); (tiles, channel blocks, blocks); (lanes, groups of 4, vectors, tiles, blocks);
+  // (fused, blocks, bytes of shared memory, width).
+  m.def("gated_norm_plan", [](int64_t rows, int64_t groups, int64_t group_size) {
+    const auto p = n3::gated_norm::plan(rows, groups, group_size);
+    return py::make_tuple(p.threads, p.blocks);
+  });
+  m.def("conv1d_plan", [](int64_t tokens, int64_t states, int64_t channels, int64_t vector) {
+    const auto p = n3::causal_conv1d::plan(tokens, states, channels, vector);
+    return py::make_tuple(p.tiles, p.channel_blocks, p.blocks);
+  });
+  m.def("ssm_update_plan", [](int64_t batch, int64_t heads, int64_t head_dim, int64_t d_state, bool vectors) {
+    const auto p = n3::ssm_update::plan(batch, heads, head_dim, d_state, vectors);
+    return py::make_tuple(p.shape.lanes, p.shape.groups, p.shape.vectors, p.tiles, p.blocks);
+  });
+  m.def("mamba2_decode_plan", [](int64_t batch, int64_t tokens, int64_t heads, int64_t groups, int64_t head_dim,
+                                 int64_t d_state, int64_t group_size, bool vectors, bool tree) {
+    const auto p = n3::mamba2::decode_plan(
+        {batch, tokens, heads, groups, head_dim, d_state, group_size, vectors, tree});
+    return py::make_tuple(p.fused, p.blocks, p.shared_bytes, p.width);
+  });
+
+  // ssd_scan on sm_90: the plan, the tiles of its items, where an element lies in shared memory, factors of a decay.
+  namespace scan = n3::ssd_scan::sm90;
+  const auto scan_plan = [](int64_t sequences, bool packed, int64_t heads, int64_t groups, int64_t head_dim,
+                            int64_t d_state, int64_t multiprocessors) {
+    return scan::plan(sequences, packed, heads, groups, head_dim, d_state, multiprocessors);
+  };
+  m.def("ssd_scan_plan", [scan_plan](int64_t s, bool packed, int64_t h, int64_t g, int64_t p, int64_t n, int64_t sms) {
+    const scan::Plan plan = scan_plan(s, packed, h, g, p, n, sms);
+    const auto [wide_n, wide_p] = scan::with_tile(plan.kernel, [](auto* type) {
+      using Tile = std::remove_pointer_t<decltype(type)>;
+      return std::pair(Tile::kN, Tile::kP);
+    });
+    return py::make_tuple(wide_n, wide_p, plan.blocks, plan.threads, plan.shared, plan.stages, plan.work.items);
+  });
+  m.def("ssd_scan_tiles", [scan_plan](int64_t s, bool packed, int64_t h, int64_t g, int64_t p, int64_t n, int64_t sms) {
+    const scan::Plan plan = scan_plan(s, packed, h, g, p, n, sms);
+    py::list tiles;
+    scan::with_tile(plan.kernel, [&](auto* type) {
+      using Tile = std::remove_pointer_t<decltype(type)>;
+      for (int32_t i = 0; i < plan.work.items; ++i) {
+        const scan::Item item = scan::item_at(plan.work, i);
+        for (int w = 0; w < Tile::kWarpgroups; ++w) {
+          const scan::TileAt tile = scan::tile_at(plan.work, item, w, Tile::kP);
+          if (tile.exists) tiles.append(py::make_tuple(i, item.sequence, item.group, tile.head, tile.channel));
+        }
+      }
+    });
+    return tiles;
+  });
+  m.def("ssd_scan_element_at", [](int columns, int row, int col, int rows) {
+    return columns == 64 ? scan::element_at<64>(row, col, rows) : scan::element_at<16>(row, col, rows);
+  });
+  m.def("ssd_scan_element_from", [](int columns, int corner, int eight, int j, int rows) {
+    return columns == 64 ? scan::element_from<64>(corner, eight, j, rows)
+                         : scan::element_from<16>(corner, eight, j, rows);
+  });
+  m.def("ssd_scan_log2_decay", py::vectorize([](float A, float dt) { return scan::log2_decay(A, dt); }));
+  m.def("ssd_scan_decay_between", py::vectorize([](float a_i, float a_j) { return scan::decay_between(a_i, a_j); }));
+  m.def("ssd_scan_row_factor", py::vectorize([](float a_i, float r) { return scan::row_factor(a_i, r); }));
+  m.def("ssd_scan_column_factor",
+        py::vectorize([](float a_j, float r, float dt) { return scan::column_factor(a_j, r, dt); }));
+  m.def("ssd_scan_end_factor",
+        py::vectorize([](float a_j, float end, float dt) { return scan::end_factor(a_j, end, dt); }));
+  m.def("ssd_scan_first_column", [](int block) { return scan::first_column(block); });
 }

@@ -5,8 +5,8 @@
 CMake does the compiling, with the flags of CMakeLists.txt, into build/cuda; the library is linked there too, into
 build/cuda/lib. The table has one row per kernel: registers per thread for each architecture, static shared memory, and
 which instructions of interest were found. Exits with 1 if a kernel uses local memory (a spill, or an array that is
-indexed at run time), if a kernel named ``tensor_*`` has no tensor core instruction on some architecture, or if a kernel
-is missing from one.
+indexed at run time), if a kernel named ``tensor_*`` has no tensor core instruction on some architecture, if one named
+``*_sm90`` lacks an instruction it is written for, or if a kernel is missing from an architecture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 # Tensor cores: HMMA is mma.sync, HGMMA wgmma, OMMA and QMMA the block-scaled kinds of sm_120, UTC*MMA tcgen05.
 TENSOR = ("HMMA", "HGMMA", "OMMA", "QMMA", "UTCHMMA", "UTCOMMA", "UTCQMMA")
-MEANT = (*TENSOR, "LDGSTS")  # LDGSTS is cp.async
+MEANT = (*TENSOR, "LDGSTS", "UTMALDG")  # LDGSTS is cp.async, UTMALDG a tile copy by TMA
+HOPPER = {"HGMMA", "UTMALDG"}  # in every kernel named *_sm90
 
 
 def build(archs: str) -> None:
@@ -113,6 +114,8 @@ def problems_of(name: str, by_arch: dict[str, dict], archs: list[str]) -> list[s
             problems.append(f"{fact['local']} bytes of local memory on sm_{arch}")
         if "::tensor_" in name and not set(fact["instructions"]) & set(TENSOR):
             problems.append(f"no tensor core instruction on sm_{arch}")
+        if re.search(r"_sm90\b", name) and (lacking := HOPPER - set(fact["instructions"])):
+            problems.append(f"no {' and no '.join(sorted(lacking))} on sm_{arch}")
     return problems
 
 

@@ -2,8 +2,9 @@
 //
 // csrc/common/device.cuh includes this where no CUDA compiler reads it, so that the kernels' own text is compiled. What
 // it shows: indices, masks, layouts, the order of sums, missing barriers (threads run in the order given to launch(),
-// one up to its barrier before the next starts), a copy that is read before it was waited for (copies are deferred to
-// the wait), divergence at a barrier. What it cannot show: timing, finer memory models, what ptxas makes of it.
+// one up to its barrier before the next starts, and a warp up to a barrier with others before the next), a copy that is
+// read before it was waited for (copies are deferred to the wait), divergence at a barrier. What it cannot show: timing,
+// finer memory models, what ptxas makes of it.
 #pragma once
 #include <ucontext.h>
 
@@ -48,7 +49,8 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint32_t index;
-  enum { kRunning, kAtWarp, kAtBlock, kDone } state;
+  enum { kRunning, kAtWarp, kAtBlock, kPolling, kDone } state;
+  std::function<bool()> ready;                            // what kPolling waits for
   std::vector<std::function<void()>> copies;              // of the open group
   std::deque<std::vector<std::function<void()>>> groups;  // committed, not waited for
 };
@@ -64,9 +66,11 @@ struct Block {
   std::vector<Warp> warps;
   Thread* running = nullptr;
   const std::function<void()>* body = nullptr;
+  bool started = false;  // for bodies that prepare the block
 };
 
 inline Block block;
+alignas(16) inline char dynamic_shared[227 * 1024];  // of the block that runs
 inline Index thread_index, block_index, grid_dim;
 
 [[noreturn]] inline void die(const char* what) {
@@ -78,6 +82,13 @@ inline void wait_at(decltype(Thread::state) where) {
   Thread& self = *block.running;
   self.state = where;
   swapcontext(&self.context, &block.scheduler);
+}
+
+// For barriers of other kinds: the thread goes on when `ready` says so.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  block.running->ready = std::move(ready);
+  wait_at(Thread::kPolling);
 }
 
 inline Warp& warp() { return block.warps[block.running->index / 32]; }
@@ -106,15 +117,20 @@ inline void run_block(bool reversed) {
   const size_t count = block.threads.size();
   for (;;) {
     bool progress = false;
-    for (size_t n = 0; n < count; ++n) {
-      Thread& t = block.threads[reversed ? count - 1 - n : n];
-      if (t.state != Thread::kRunning) continue;
-      progress = true;
-      block.running = &t;
-      thread_index.x = t.index;
-      swapcontext(&block.scheduler, &t.context);
+    for (size_t w = 0; w < count; w += 32) {  // a warp goes as far as it can before the next one moves
+      const size_t begin = reversed ? (count - 1) / 32 * 32 - w : w, end = std::min(begin + 32, count);
+      do {
+        for (size_t n = begin; n < end; ++n) {
+          Thread& t = block.threads[reversed ? begin + end - 1 - n : n];
+          if (t.state == Thread::kPolling && t.ready()) t.state = Thread::kRunning;
+          if (t.state != Thread::kRunning) continue;
+          progress = true;
+          block.running = &t;
+          thread_index.x = t.index;
+          swapcontext(&block.scheduler, &t.context);
+        }
+      } while (release(begin, end, Thread::kAtWarp));
     }
-    for (size_t w = 0; w < count; w += 32) progress |= release(w, std::min(w + 32, count), Thread::kAtWarp);
     progress |= release(0, count, Thread::kAtBlock);
     if (progress) continue;
     for (const Thread& t : block.threads) {
@@ -133,6 +149,7 @@ inline void launch(int64_t blocks, int threads, bool reversed, const std::functi
   grid_dim.x = uint32_t(blocks);
   for (int64_t b = 0; b < blocks; ++b) {
     block_index.x = uint32_t(b);
+    block.started = false;
     for (int i = 0; i < threads; ++i) {
       Thread& t = block.threads[i];
       if (!t.stack) t.stack.reset(new char[kStack]);

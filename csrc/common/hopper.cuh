@@ -1,0 +1,290 @@
+// PTX of sm_90a without torch: barriers in shared memory, the copy engine (TMA), warpgroup products (wgmma). Each
+// beside its meaning, which tests/cuda_emulator/hopper_emulator.h gives where a CPU's compiler reads this.
+//
+// Words: a warpgroup is 4 warps, the first a multiple of 4. The copy engine and wgmma read and write shared memory past
+// the path of ordinary loads and stores: what a thread has written must pass fence_async() before they read it.
+#pragma once
+#include "device.cuh"
+
+#if defined(__CUDACC__)
+#include <cuda.h>
+#else
+#include "hopper_emulator.h"  // of tests/cuda_emulator
+#endif
+
+namespace n3::hopper {
+
+#if defined(__CUDACC__)
+using TensorMap = CUtensorMap;
+#else
+using TensorMap = ::emulator::TensorMap;
+#endif
+
+// Dynamic shared memory of the block, at a multiple of 1024: the longest swizzle pattern begins there.
+N3_DEVICE char* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
+#else
+  return ::emulator::shared_memory;
+#endif
+}
+
+N3_DEVICE uint32_t shared_address(const void* p) {
+#if defined(__CUDACC__)
+  return uint32_t(__cvta_generic_to_shared(p));
+#else
+  return uint32_t(static_cast<const char*>(p) - ::emulator::shared_memory);
+#endif
+}
+
+// ---- barriers in shared memory
+
+// Completes a phase when `arrivals` threads have arrived and all bytes that they announced have been copied.
+using Barrier = uint64_t;
+
+N3_DEVICE void init_barrier(Barrier* barrier, uint32_t arrivals) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#else
+  ::emulator::init_barrier(barrier, arrivals);
+#endif
+}
+
+// By the thread that has initialised barriers, before the __syncthreads after which others use them.
+N3_DEVICE void publish_barriers() {
+#if defined(__CUDACC__)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+N3_DEVICE void arrive(Barrier* barrier) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#else
+  ::emulator::arrive(barrier, 0);
+#endif
+}
+
+// Arrives, and announces bytes that the copy engine will write.
+N3_DEVICE void arrive_expecting(Barrier* barrier, uint32_t bytes) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#else
+  ::emulator::arrive(barrier, bytes);
+#endif
+}
+
+// Waits for the completion of the phase of this parity: 0 for the first, 1 for the second, 0 for the third ... Of a new
+// barrier the phase before the first, of parity 1, counts as complete.
+N3_DEVICE void wait(Barrier* barrier, uint32_t parity) {
+#if defined(__CUDACC__)
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+#else
+  ::emulator::wait(barrier, parity);
+#endif
+}
+
+// A barrier of the 128 threads of a warpgroup; `id` 1..15 is its own.
+N3_DEVICE void sync_warpgroup(int id) {
+#if defined(__CUDACC__)
+  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+#else
+  ::emulator::sync_named(id, 128);
+#endif
+}
+
+N3_DEVICE void fence_async() {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Registers per thread from here on, for all four warps of a warpgroup: multiples of 8 from 24 to 240.
+template <int kRegisters>
+N3_DEVICE void give_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+N3_DEVICE void take_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// ---- copies of tiles
+
+// By one thread: the box of `map` at these coordinates, innermost first, to shared memory; what lies outside the tensor
+// becomes zero. The barrier was told of the box's bytes.
+N3_DEVICE void load_tile(void* to, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+#else
+  ::emulator::load_tile(to, *map, barrier, c0, c1, c2, c3);
+#endif
+}
+
+N3_DEVICE void prefetch_map(const TensorMap* map) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
+// ---- warpgroup products
+
+// How a tile of 16-bit elements lies in shared memory: in rows of kBytes (128 or 32), swizzled, at a multiple of 1024.
+//   along K: a row holds 64 or 16 neighbouring k of one m or n
+//   along MN: a row holds 64 or 16 neighbouring m or n of one k
+enum class Major { kK = 0, kMN = 1 };
+
+// Descriptor of such a tile. `next_rows`: bytes from eight rows to the next eight; `next_block`: along MN, from a block
+// of columns as long as a row to the next. A step of 16 in k adds, along K, 32 bytes to `start`, along MN 16 rows.
+template <int kBytes>
+N3_DEVICE uint64_t descriptor(const void* start, uint32_t next_rows, uint32_t next_block) {
+  static_assert(kBytes == 128 || kBytes == 32);
+  constexpr uint64_t kSwizzle = kBytes == 128 ? 1 : 3;
+  return (shared_address(start) & 0x3ffff) >> 4 | uint64_t(next_block >> 4) << 16 | uint64_t(next_rows >> 4) << 32 |
+         kSwizzle << 62;
+}
+
+// Between ordinary accesses to the registers of a product, or the first product, and the next product.
+N3_DEVICE void fence_products() {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Ends a group of products.
+N3_DEVICE void commit_products() {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  ::emulator::commit_products();
+#endif
+}
+
+// Waits until at most kPending of the latest groups are under way.
+template <int kPending>
+N3_DEVICE void wait_products() {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#else
+  ::emulator::wait_products(kPending);
+#endif
+}
+
+// Keeps the compiler from moving accesses to a product's registers across this point.
+template <int kCount>
+N3_DEVICE void pin(float (&d)[kCount]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
+// The same value, of which the compiler does not know it: what follows from it is computed anew instead of kept in
+// registers.
+N3_DEVICE int forgotten(int v) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// d = a b, or d += a b where `accumulate`: a [64, 16], b [16, kN], d [64, kN], for one warpgroup. With g = lane / 4 and
+// t = lane % 4 a thread of warp w holds d[4 j ..] = rows 16 w + g, columns 8 j + 2 t, + 1, then the same of row + 8.
+// `a` lies in shared memory, or in registers as in mma_m16n8k16: (g, 2t..2t+1), (g + 8, same), (g, 2t+8..2t+9),
+// (g + 8, same) of the warp's 16 rows. The specialisations below are one for each type and width in use.
+template <typename T, int kN>
+struct Product;
+
+#if defined(__CUDACC__)
+#define N3_OUT64(d) \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+  "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
+  "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
+  "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define N3_LIST64 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31}, "
+#define N3_SHARED64 "%32, %33, p, 1, 1, %35, %36;\n}"
+#define N3_SHARED_FLAG64 "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+#define N3_REGISTERS64 "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+#define N3_REGISTERS_FLAG64 "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+#define N3_OUT80(d) \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+  "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
+  "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
+  "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), \
+  "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
+#define N3_LIST80 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, "
+#define N3_SHARED80 "%40, %41, p, 1, 1, %43, %44;\n}"
+#define N3_SHARED_FLAG80 "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
+#define N3_REGISTERS80 "{%40, %41, %42, %43}, %44, p, 1, 1, %46;\n}"
+#define N3_REGISTERS_FLAG80 "{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"
+
+#define N3_PRODUCT(T, type, n)                                                                                       \
+  template <>                                                                                                        \
+  struct Product<device::T, n> {                                                                                     \
+    template <Major kA, Major kB>                                                                                    \
+    N3_DEVICE static void shared(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {                       \
+      asm volatile(N3_SHARED_FLAG##n "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " " N3_LIST##n \
+                   N3_SHARED##n                                                                                      \
+                   : N3_OUT##n(d)                                                                                    \
+                   : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));                              \
+    }                                                                                                                \
+    template <Major kB>                                                                                              \
+    N3_DEVICE static void registers(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {        \
+      asm volatile(N3_REGISTERS_FLAG##n "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type            \
+                   " " N3_LIST##n N3_REGISTERS##n                                                                    \
+                   : N3_OUT##n(d)                                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));        \
+    }                                                                                                                \
+  };
+N3_PRODUCT(BF16, bf16, 64)
+N3_PRODUCT(BF16, bf16, 80)
+N3_PRODUCT(F16, f16, 64)
+N3_PRODUCT(F16, f16, 80)
+#undef N3_PRODUCT
+#undef N3_OUT64
+#undef N3_LIST64
+#undef N3_SHARED64
+#undef N3_SHARED_FLAG64
+#undef N3_REGISTERS64
+#undef N3_REGISTERS_FLAG64
+#undef N3_OUT80
+#undef N3_LIST80
+#undef N3_SHARED80
+#undef N3_SHARED_FLAG80
+#undef N3_REGISTERS80
+#undef N3_REGISTERS_FLAG80
+#else
+template <typename T, int kN>
+struct Product {
+  template <Major kA, Major kB>
+  static void shared(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+    ::emulator::product<T, kN>(d, ::emulator::operand(a, kA == Major::kMN), b, kB == Major::kMN, accumulate);
+  }
+  template <Major kB>
+  static void registers(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    ::emulator::product<T, kN>(d, ::emulator::operand(a), b, kB == Major::kMN, accumulate);
+  }
+};
+#endif
+
+}  // namespace n3::hopper
