@@ -1,0 +1,1 @@
+"""What puts n3 operators where other libraries' users already are."""
