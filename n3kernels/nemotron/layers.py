@@ -96,35 +96,34 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(c.d_inner, c.hidden_size)
 
     def forward(self, u: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        zxbcdt = self.in_proj(u)
+        return self.out_proj(self._parts(zxbcdt) if cache is None else self._mixer(zxbcdt, cache, layer))
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
+
+    def _mixer(self, zxbcdt: Tensor, cache: Cache, layer: int) -> Tensor:
+        """All between the projections in one operator, which goes on from the cache's states."""
         c = self.config
-        z, xbc, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if cache is None:
-            xbc, _ = n3.causal_conv1d(xbc, weight, bias, activation="silu")
-        elif cache.prefilling:
-            conv, where, fresh = cache.conv[layer], cache.state_slots, cache.has_initial
-            xbc = n3.causal_conv1d.slots(xbc, weight, bias, conv, where, fresh, activation="silu")
-        else:
-            xbc = n3.causal_conv1d_update(
-                xbc, cache.conv[layer], weight, bias, cache.state_slots, cache.draft_slots, activation="silu"
-            )
+        first = (zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, cache.conv[layer], cache.ssm[layer])
+        weights, eps = (*self._weights(), self.norm.weight), self.norm.eps
+        if not cache.prefilling:
+            return n3.mamba2_decode(*first, *weights, cache.state_slots, cache.draft_slots, eps=eps)
+        return n3.mamba2_prefill(
+            *first, cache.state_slots, *weights, cache.has_initial, eps=eps, chunk_size=c.chunk_size
+        )  # fmt: skip
+
+    def _parts(self, zxbcdt: Tensor) -> Tensor:
+        """The same from operators that have gradients, without states."""
+        c = self.config
+        z, xbc, dt = zxbcdt.split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
+        xbc, _ = n3.causal_conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         x, B, C = xbc.split([c.d_inner, c.n_groups * c.ssm_state_size, c.n_groups * c.ssm_state_size], dim=-1)
         x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
         B, C = (t.unflatten(-1, (c.n_groups, c.ssm_state_size)) for t in (B, C))
-        A, D, dt_bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
-        if cache is None:
-            y, _ = n3.ssd_scan(x, dt, A, B, C, D, None, dt_bias, chunk_size=c.chunk_size)
-        elif cache.prefilling:
-            state, where, fresh = cache.ssm[layer], cache.state_slots, cache.has_initial
-            y = n3.ssd_scan.slots(
-                x, dt, A, B, C, D, None, dt_bias, state, where, fresh, chunk_size=c.chunk_size
-            )  # fmt: skip
-        else:
-            y = n3.ssm_update(
-                cache.ssm[layer], x, dt, A, B, C, D, None, dt_bias, cache.state_slots, cache.draft_slots
-            )  # fmt: skip
-        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, c.d_inner // c.n_groups, self.norm.eps)
-        return self.out_proj(y)
+        A, D, dt_bias = self._weights()
+        y, _ = n3.ssd_scan(x, dt, A, B, C, D, None, dt_bias, chunk_size=c.chunk_size)
+        return gated_rms_norm(y.flatten(-2), z, self.norm.weight, c.d_inner // c.n_groups, self.norm.eps)
 
 
 class Attention(nn.Module):

@@ -159,7 +159,7 @@ def prefilled(model, batch, drafts=0):
 @torch.inference_mode()
 def test_verification_has_the_bits_of_decoding(model, batch, tokens):
     """The same bits from kernels; the references of the recurrence are excused as in `assert_invariant`."""
-    backend = explain("ssm_update", device=DEVICE).backend
+    backend = explain("mamba2_decode", device=DEVICE).backend
     ids = torch.randint(CONFIG.vocab_size, (batch, tokens), device=DEVICE)
     at_once, one_at_a_time = prefilled(model, batch, tokens - 1), prefilled(model, batch)
     with one_by_one(), batch_invariant():
@@ -189,7 +189,7 @@ def test_what_was_refused_leaves_no_trace(model):
     plain.commit([1, 1])
     for cache in (drafted, plain):
         cache.decode(1)
-    backend = explain("ssm_update", device=DEVICE).backend
+    backend = explain("mamba2_decode", device=DEVICE).backend
     assert_invariant(backend, model(ids[:, 3:], drafted), model(ids[:, 3:], plain))
 
 

@@ -10,7 +10,7 @@ from n3kernels.nemotron import Config, load
 
 transformers = pytest.importorskip("transformers", minversion="5.17", reason="compares with transformers >= 5.17")
 
-OPS = ("ssd_scan", "ssm_update", "causal_conv1d", "causal_conv1d_update", "gated_rms_norm", "moe_route", "moe_experts")
+OPS = ("ssd_scan", "causal_conv1d", "mamba2_prefill", "mamba2_decode", "gated_rms_norm", "moe_route", "moe_experts")
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 80, "mamba_num_heads": 6, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from n3kernels import tiny
 from n3kernels.nemotron import generate, load
 
-OPS = ("nvfp4_linear", "moe_experts", "ssm_update", "mtp_verify", "sample")
+OPS = ("nvfp4_linear", "moe_experts", "mamba2_decode", "mtp_verify", "sample")
 
 
 @pytest.fixture(scope="module")
