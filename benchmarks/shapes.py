@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["EXPERTS", "GEMMS", "TOKENS", "Experts", "Gemm"]
+__all__ = ["EXPERTS", "GEMMS", "MIXERS", "TOKENS", "Experts", "Gemm", "Mixer"]
 
 
 class Gemm(NamedTuple):
@@ -48,6 +48,32 @@ EXPERTS = {
     "nano": Experts(6, 2688, 1856),
     "super": Experts(22, 1024, 2688),
     "ultra": Experts(22, 2048, 5120),
+}
+
+class Mixer(NamedTuple):
+    heads: int
+    head_dim: int
+    groups: int
+    d_state: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv(self) -> int:  # channels of x, B and C side by side
+        return self.inner + 2 * self.groups * self.d_state
+
+    @property
+    def projected(self) -> int:  # features of in_proj: z, x, B, C, dt
+        return self.inner + self.conv + self.heads
+
+
+# Source: config.json of the three models; the convolution has 4 taps, a norm group is inner / groups wide.
+MIXERS = {
+    "nano": Mixer(64, 64, 8, 128),
+    "super": Mixer(128, 64, 8, 128),
+    "ultra": Mixer(256, 64, 8, 128),
 }
 
 # One sequence, a small batch, a batch, a chunk of prefill.

@@ -26,7 +26,6 @@ FORWARD = sorted(set(OPS) - set(BACKWARD))
 
 # Operators that no test module names in OPS, and why.
 UNNAMED = {
-    "gated_rms_norm_bwd": "no kernel of its own yet; the gradients of gated_rms_norm are tested",
     "moe_experts_bwd": "no kernel of its own yet; the gradients of moe_experts are tested",
     "latent_moe": "a composite: it has no backends to run the tests with",
 }
@@ -180,7 +179,7 @@ def test_the_docstring_names_every_parameter(name):
 
 def in_sources(name, backend):
     """Whether a C++ or CUDA file registers the kernel: it may be left out of this build."""
-    suffix = {"cpu": "*_cpu.cpp", "cuda": "*_cuda.cu"}[backend]
+    suffix = {"cpu": "*_cpu.cpp", "cuda": "*.cu"}[backend]
     return any(f'm.impl("{name}"' in text for text in sources(f"csrc/*/{suffix}").values())
 
 

@@ -6,7 +6,7 @@ import torch
 from conftest import DEVICE, fenced
 from hypothesis import strategies as st
 
-from n3kernels.mamba import reference
+from n3kernels.mamba import reference_decode
 
 # heads, groups, head_dim, d_state: group ratios 1, 2, 3 and, as in Nemotron-Nano-4B and -H-4B, 12 and 14
 layouts = st.sampled_from([(1, 1, 1, 1), (4, 2, 8, 16), (3, 1, 5, 7), (2, 2, 16, 3), (12, 1, 4, 8), (14, 1, 3, 6)])
@@ -68,7 +68,7 @@ def recurrence(call, options, initial_states=None):
     state = torch.zeros(shape, dtype=torch.double, device=DEVICE)
     if initial_states is not None:
         state.copy_(initial_states)
-    return reference.ssm_update(state, **widened(call), **options), state
+    return reference_decode.ssm_update(state, **widened(call), **options), state
 
 
 def magnitude(call, options, initial_states=None):

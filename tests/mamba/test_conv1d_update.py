@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, backends_here, fenced
-from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from n3kernels import use_backend
 from n3kernels.mamba import causal_conv1d_update, reference
@@ -47,7 +47,7 @@ def assert_is_the_convolution(y, x, before, weight, bias, activation):
 # ---------------------------------------------------------------- the definition
 
 
-@given(problems, st.booleans())
+@examples(problems, st.booleans())
 def test_agrees_with_the_definition(backend, problem, turned):
     """The prefill's convolution from the same state; the state moves on by the raw inputs, bit for bit."""
     batch, width = problem[0], problem[3]
@@ -75,7 +75,7 @@ def test_published_shapes(backend, channels):
 # ---------------------------------------------------------------- invariants
 
 
-@given(problems)
+@examples(problems)
 def test_many_tokens_are_many_calls(backend, problem):
     x, at_once, weight, bias, activation = inputs(problem, problem[0])
     one_by_one = at_once.clone()
@@ -86,7 +86,7 @@ def test_many_tokens_are_many_calls(backend, problem):
     assert_same_bits(at_once, one_by_one)
 
 
-@given(problems)
+@examples(problems)
 def test_a_state_per_token(backend, problem):
     """Each draft token's state in its own slot; a negative slot is not written, and the source stays."""
     batch, tokens, _, width, *_ = problem
@@ -186,7 +186,8 @@ BAD = [
     ({"bias": torch.zeros(5)}, "bias must have shape [6], got [5]"),
     ({"activation": "gelu"}, "activation must be one of None, silu, got gelu"),
     ({"conv_state": torch.zeros(6, 3)}, "conv_state must have 3 dimensions, got 2"),
-    ({"conv_state": torch.zeros(3, 6, 4)}, "conv_state must have shape [3, 6, 3], got [3, 6, 4]"),
+    ({"conv_state": torch.zeros(3, 5, 4)}, "conv_state must have shape [3, 6, 4], got [3, 5, 4]"),
+    ({"conv_state": torch.zeros(3, 6, 2)}, "conv_state must hold at least 3 inputs, got 2"),
     ({"conv_state": torch.zeros(3, 6, 3).half()}, "conv_state must have the dtype of x (float32), got float16"),
     ({"conv_state": torch.zeros(1, 6, 3)}, "conv_state must have at least 2 slots without state_indices, got 1"),
     ({"state_indices": torch.zeros(3).int()}, "state_indices must have shape [2], got [3]"),

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, assert_close_to, assert_invariant, fenced
+from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, fenced
 from hypothesis import given
 from hypothesis import strategies as st
 
+from n3kernels import use_backend
 from n3kernels.mamba import gated_rms_norm, reference
 
-OPS = ("gated_rms_norm",)
+OPS = ("gated_rms_norm", "gated_rms_norm_bwd")
+pytestmark = pytest.mark.op("gated_rms_norm")  # unless a test says otherwise
+backward = torch.ops.n3.gated_rms_norm_bwd.default
 
 # rows, 0 included; groups; group_size, both sides of a warp and of 128
 problems = st.tuples(
@@ -57,12 +60,74 @@ def test_published_shapes(backend, dim, group):
     assert_close_to(gated_rms_norm(*args), truth(*args))
 
 
+def test_any_strides(backend):
+    """A gate that is a column slice of a projection, as z of the mixer is; rows in another order; a strided weight."""
+    x, z, weight, *options = inputs(6, 2, 33, torch.bfloat16, True, False)
+    y = gated_rms_norm(x, z, weight, *options)
+    wide = torch.randn(6, 80, device=DEVICE).to(torch.bfloat16)
+    wide[:, 7:73] = z
+    assert_invariant(backend, gated_rms_norm(x, wide[:, 7:73], weight, *options), y)
+    rows = y.view(2, 3, 66).transpose(0, 1)
+    turned = (t.view(2, 3, 66).transpose(0, 1) for t in (x, z))
+    assert_invariant(backend, gated_rms_norm(*turned, weight.repeat_interleave(2)[::2], *options), rows.contiguous())
+    columns = (t.T.contiguous().T for t in (x, z))
+    assert_invariant(backend, gated_rms_norm(*columns, weight, *options), y)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@given(problems)
+@pytest.mark.op("gated_rms_norm_bwd")
+def test_backward(backend, problem):
+    x, z, weight, *options = inputs(*problem)
+    grad_y = fenced(torch.randn(x.shape, device=DEVICE).to(x.dtype))
+    grads = backward(grad_y, x, z, weight, *options)
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, z, weight)]
+    inputs_ = [t for t in leaves if t is not None]
+    truths = iter(torch.autograd.grad(reference.gated_rms_norm(*leaves, *options), inputs_, grad_y.double()))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if leaf is None:
+            assert grad.numel() == 0
+            continue
+        want = next(truths)
+        assert grad.shape == leaf.shape and grad.dtype == x.dtype and grad.is_contiguous()
+        # Sums over rows and groups cancel: the error is relative to their terms, of which none is far above 1.
+        assert_close_to(grad, want, 1e-5, 1 + want.abs().max() if want.numel() else 1.0)
+
+
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.op("gated_rms_norm_bwd")
+def test_backward_of_many_rows(norm_before_gate):
+    """More rows than one block of the CPU kernel sums; the bits do not depend on the threads."""
+    x, z, weight, *options = inputs(333, 3, 40, torch.float32, True, norm_before_gate)
+    grad_y = torch.randn_like(x)
+    grads = backward(grad_y, x, z, weight, *options)
+    with use_backend("reference"):
+        truths = backward(grad_y.double(), x.double(), z.double(), weight.double(), *options)
+    for grad, want in zip(grads, truths, strict=True):
+        assert (grad - want).norm() <= 1e-6 * want.norm()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for again, grad in zip(backward(grad_y, x, z, weight, *options), grads, strict=True):
+                assert_same_bits(again, grad)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- the framework
+
+
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (8,), (0, 8)])
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(shape, grad):
     x = torch.randn(shape, device=DEVICE, requires_grad=grad)
     z, weight = torch.randn(shape, device=DEVICE), torch.randn(8, device=DEVICE)
     torch.library.opcheck(torch.ops.n3.gated_rms_norm.default, (x, z, weight, 4))
+    if not grad:
+        torch.library.opcheck(backward, (torch.randn_like(x), x, z, weight, 4, 1e-5, False))
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
@@ -88,3 +153,18 @@ def test_bad_calls(backend, change, message):
     with pytest.raises(RuntimeError) as error:
         gated_rms_norm(**call)
     assert str(error.value) == f"n3::gated_rms_norm: {message}"
+
+
+@pytest.mark.parametrize(
+    "grad_y, message",
+    [
+        (torch.zeros(2, 7), "grad_y must have shape [2, 8], got [2, 7]"),
+        (torch.zeros(2, 8).half(), "grad_y must have the dtype of x (float32), got float16"),
+    ],
+)
+@pytest.mark.op("gated_rms_norm_bwd")
+def test_bad_calls_of_the_backward(backend, grad_y, message):
+    x, weight = torch.zeros(2, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    with pytest.raises(RuntimeError) as error:
+        backward(grad_y.to(DEVICE), x, x, weight, 4, 1e-5, False)
+    assert str(error.value) == f"n3::gated_rms_norm_bwd: {message}"

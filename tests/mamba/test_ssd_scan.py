@@ -5,6 +5,7 @@ import torch
 from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, backends_here
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from ssd_problems import (
     PLAIN,
     PUBLISHED,
@@ -52,7 +53,7 @@ def tokens_of(call, where):
 # ---------------------------------------------------------------- the definition
 
 
-@given(problems)
+@examples(problems)
 @pytest.mark.op("ssd_scan")
 def test_agrees_with_the_recurrence(backend, problem):
     batch, length, layout, dtype, variant, has_initial, chunk_size = problem
@@ -80,6 +81,8 @@ def test_the_chunked_reference_is_the_recurrence(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.op("ssd_scan")
 def test_published_shapes(backend, layout, dtype):
+    if backend == "triton" and DEVICE == "cpu":
+        layout = (2, 1, *layout[2:])  # its interpreter takes a second for a few heads
     call, options = operands((1, 150), layout, dtype)
     initial = states(1, layout)
     y, final = ssd_scan(**call, initial_states=initial, **options)
@@ -91,7 +94,7 @@ def test_published_shapes(backend, layout, dtype):
 # ---------------------------------------------------------------- invariants
 
 
-@given(layouts, dtypes, st.integers(1, 40), st.integers(1, 50))
+@examples(layouts, dtypes, st.integers(1, 40), st.integers(1, 50))
 @pytest.mark.op("ssd_scan")
 def test_chunk_size_is_a_hint(backend, layout, dtype, length, chunk_size):
     call, options = operands((2, length), layout, dtype)
@@ -104,7 +107,7 @@ def test_chunk_size_is_a_hint(backend, layout, dtype, length, chunk_size):
     assert ((final - other_final).double().abs() <= 2 * acc * (final_size + 1e-3)).all()
 
 
-@given(layouts, st.integers(0, 40), st.integers(0, 40))
+@examples(layouts, st.integers(0, 40), st.integers(0, 40))
 @pytest.mark.op("ssd_scan")
 def test_pieces_continue_each_other(backend, layout, length, cut):
     """A prompt in two pieces, the state handed over in float32, is the prompt in one."""
@@ -118,7 +121,7 @@ def test_pieces_continue_each_other(backend, layout, length, cut):
     assert_close_to(final, true_final, 2e-5, final_size + 1e-3)
 
 
-@given(sequences, layouts, dtypes, st.integers(0, 3))
+@examples(sequences, layouts, dtypes, st.integers(0, 3))
 @pytest.mark.op("ssd_scan")
 def test_a_packed_sequence_is_a_sequence(backend, lengths, layout, dtype, behind):
     """Empty and one-token sequences included; tokens behind the last sequence are padding, here NaN."""
@@ -220,7 +223,7 @@ def test_softplus_keeps_its_digits(backend, dt):
 # ---------------------------------------------------------------- states in slots
 
 
-@given(sequences, layouts, dtypes, dtypes, st.randoms())
+@examples(sequences, layouts, dtypes, dtypes, st.randoms())
 @pytest.mark.op("ssd_scan.slots")
 def test_slots(backend, lengths, layout, dtype, state_dtype, rnd):
     """Padding sequences, fresh ones and slots of others: the state is every second row of a wider cache."""
@@ -279,7 +282,7 @@ def bwd(call, options, initial, cu_seqlens, grad_y, grad_final, chunk_size=16):
     return torch.ops.n3.ssd_scan_bwd.default(grad_y, grad_final, *inputs, cu_seqlens, *settings)
 
 
-@given(variants, layouts, st.booleans(), st.booleans(), st.booleans())
+@examples(variants, layouts, st.booleans(), st.booleans(), st.booleans())
 @pytest.mark.op("ssd_scan_bwd")
 def test_backward(backend, variant, layout, has_initial, has_grad_final, packed):
     """Every combination of optional arguments, ragged lengths, the clamp active; against float64 autograd."""
