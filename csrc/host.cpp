@@ -5,6 +5,7 @@
 
 #include "common/cpu.h"
 #include "common/numerics.h"
+#include "common/philox.h"
 #include "mamba/conv1d_plan.h"
 #include "mamba/gated_norm_plan.h"
 #include "mamba/mamba2_decode_plan.h"
@@ -38,6 +39,13 @@ PYBIND11_MODULE(_host, m) {
   m.def("e2m1_to_float", py::vectorize([](uint8_t code) { return n3::e2m1_to_float(code); }));
   m.def("e4m3_from_float", py::vectorize([](float v) { return n3::e4m3_from_float(v); }));
   m.def("e4m3_to_float", py::vectorize([](uint8_t code) { return n3::e4m3_to_float(code); }));
+  m.def(
+      "philox4x32",
+      [](uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+        const auto p = n3::philox4x32(key, counter_low, counter_high);
+        return py::make_tuple(p.word[0], p.word[1], p.word[2], p.word[3]);
+      },
+      py::arg("key"), py::arg("counter_low"), py::arg("counter_high"));
   m.def("scale_128x4",
         py::vectorize([](int64_t r, int64_t ks, int64_t ks_total) { return n3::scale_128x4(r, ks, ks_total); }),
         py::arg("r"), py::arg("ks"), py::arg("ks_total"));

@@ -1,10 +1,14 @@
-"""The host build of csrc/common/numerics.h, whose functions the kernels compile: over all codes and all ties."""
+"""The host build of csrc/common/{numerics,philox}.h, which the kernels compile: over all codes and all ties."""
 
 from __future__ import annotations
 
 import numpy as np
 import nvfp4_oracle as oracle
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from n3kernels import _philox
 
 _host = pytest.importorskip("n3kernels._host", reason="_host was built for another Python")
 
@@ -77,6 +81,12 @@ def test_scale_128x4_is_the_published_permutation(rows, cols):
 def test_scale_128x4_passes_32_bits():
     rows, cols = 2**22, 1024
     assert _host.scale_128x4(rows - 1, cols - 1, cols) == rows * cols - 1
+
+
+@given(*[st.integers(0, 2**64 - 1)] * 3)
+def test_philox_is_its_python_twin(key, low, high):
+    halves = [half for word in (key, low, high) for half in (word & 0xFFFFFFFF, word >> 32)]
+    assert _host.philox4x32(key, low, high) == _philox.philox4x32(*halves)
 
 
 def test_facts_of_the_build():

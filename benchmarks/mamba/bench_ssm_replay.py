@@ -73,3 +73,29 @@ def test_ssm_replay_update(measure, size, batch, tokens, provider):
         group=f"{OP} {size} batch {batch} T{tokens}, {steps} steps",
         bytes=4 * state * (steps + 1), flops=2 * tokens * state * steps, dtype=torch.float32,
     )  # fmt: skip
+
+
+def flush(state, ring_x, ring_B, ring_dt, ring_pos, A):
+    """On a copy of the positions, so that every call has the same tokens to fold."""
+    torch.ops.n3.ssm_replay_flush.default(state, ring_pos.clone(), ring_x, ring_B, ring_dt, A)
+    return state
+
+
+@pytest.mark.parametrize("provider", providers("ssm_replay_flush"))
+@pytest.mark.parametrize("batch", sizes(BATCHES, quick=[1], full=[64]))
+def test_ssm_replay_flush(measure, batch, provider):
+    (state, ring_x, ring_B, ring_dt, ring_pos, _, _, A, *_), _ = problem("nano", batch, 1)
+    filled = [torch.randn_like(ring_x), torch.randn_like(ring_B), torch.rand_like(ring_dt)]
+    args = [state.clone(), *filled, ring_pos.clone(), A]
+    args[4][:, 1] = 12
+    wide = [t.double() if t.is_floating_point() else t.clone() for t in args]
+    truth = flush_truth(*wide)
+    measure(
+        "ssm_replay_flush", provider, flush, args, truth, group=f"ssm_replay_flush nano batch {batch}, 12 tokens",
+        bytes=8 * state.numel(), flops=2 * 12 * state.numel(), dtype=torch.float32, tolerance=1e-5,
+    )  # fmt: skip
+
+
+def flush_truth(state, ring_x, ring_B, ring_dt, ring_pos, A):
+    reference_decode.ssm_replay_flush(state, ring_pos, ring_x, ring_B, ring_dt, A)
+    return state

@@ -212,7 +212,8 @@ inline UpdateParams check_update(const Tensor& x, const Tensor& conv_state, cons
   mamba::check_indices(name, p.batch, p.tokens, "conv_state", p.slots, state_indices, dst_state_indices, num_accepted);
   mamba::check_drafts(name, p.batch, p.tokens, dst_state_indices, num_accepted, num_tokens, parents);
   p.source_cols = state_indices && state_indices->dim() == 2 ? state_indices->size(1) : 0;
-  p.use = cache_seqlens ? Use::kRing : num_accepted && !p.source_cols ? Use::kWindow : Use::kShift;
+  const bool one_of_many = state_indices && state_indices->dim() == 2;  // of none too, where no count is right
+  p.use = cache_seqlens ? Use::kRing : num_accepted && !one_of_many ? Use::kWindow : Use::kShift;
   if (cache_seqlens) {
     check_shape(name, "cache_seqlens", *cache_seqlens, {p.batch});
     check_dtype(name, "cache_seqlens", *cache_seqlens, ScalarType::Int);

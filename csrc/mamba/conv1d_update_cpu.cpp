@@ -41,7 +41,7 @@ void check_parents(const UpdateParams& p) {
 void check_values(const UpdateParams& p) {
   check_below("state_indices", p.source, p.batch, std::max<int64_t>(1, p.source_cols), p.slots);
   check_below("dst_state_indices", p.destination, p.batch, p.where == Destination::kEach ? p.tokens : 1, p.slots);
-  const int64_t most = p.source_cols ? p.source_cols : p.tokens;
+  const int64_t most = p.use == Use::kWindow ? p.tokens : p.source_cols;
   for (int64_t b = 0; p.num_accepted.data && b < p.batch; ++b) {
     const int64_t accepted = p.num_accepted(b);
     N3_CHECK(update_op, accepted >= 1 && accepted <= most, "num_accepted must be between 1 and ", most, ", got ",

@@ -268,7 +268,7 @@ void run(const PrefillParams& p, void* out) {
     }
   });
   causal_conv1d::keep_states(p.conv, sequences);
-  if (!later) return;
+  if (!later || m.inner == 0) return;
 
   const int64_t group_size = m.norm_weight.data ? m.group_size : m.inner, groups = m.inner / group_size;
   for (size_t number = 0; number < sequences.size(); ++number) {

@@ -245,6 +245,7 @@ inline DecodeParams check_decode(const Tensor& zxbcdt, const Tensor& conv_weight
   s.source = source, s.source_cols = cols, s.where = ssm_update::Destination(where), s.destination = destination;
   s.num_accepted = c.num_accepted, s.num_tokens = c.num_tokens, s.parents = c.parents;
   s.seed = seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+  s.seed_stride = seed ? seed->stride(0) : 0;
   s.stochastic = rounding == "stochastic" && ssm_state.scalar_type() != ScalarType::Float;
   s.dt_softplus = dt_softplus, s.dt_min = float(dt_min), s.dt_max = dt_max ? float(*dt_max) : __builtin_inff();
   return p;

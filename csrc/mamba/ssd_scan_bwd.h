@@ -29,9 +29,13 @@ inline Params check(const Tensor& grad_y, const OptionalTensor& grad_final_state
                               dt_min, dt_max);
   const ssd_scan::Params& f = p.forward;
   N3_CHECK(op, shape_str(grad_y) == shape_str(x), "grad_y must have shape ", shape_str(x), ", got ", shape_str(grad_y));
+  check_floating(op, "grad_y", grad_y.scalar_type());
   if (grad_final_states) {
     check_shape(op, "grad_final_states", *grad_final_states, {f.sequences, f.heads, f.head_dim, f.d_state});
+    check_floating(op, "grad_final_states", grad_final_states->scalar_type());
   }
+  check_same_device(op, "grad_y", grad_y, "x", x);
+  mamba::check_on_device(op, "grad_final_states", grad_final_states, x);
   p.grad_y = ssd_scan::tokens_operand(grad_y, cu_seqlens.has_value());
   p.grad_final = mamba::operand_of(grad_final_states);
   return p;

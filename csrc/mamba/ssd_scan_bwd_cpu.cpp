@@ -36,7 +36,7 @@ const Kernels& kernels() {
 // or two groups have work for some threads. A function of the model alone: bits must depend on nothing else.
 int64_t heads_of_item(const ssd_scan::Params& f) {
   const int64_t of_group = f.heads / f.groups;
-  return f.groups >= 4 ? of_group : std::min<int64_t>(of_group, 8);
+  return std::max<int64_t>(1, f.groups >= 4 ? of_group : std::min<int64_t>(of_group, 8));
 }
 
 // Gradients of B or C by one part of the groups' heads, float32: strides sequence, token, group, state dimension.
@@ -95,7 +95,7 @@ void run(const Params& p) {
   for (const auto& [o, per_token] : {std::pair{p.dx, per_x}, {p.dz, per_x}, {p.dB, per_B}, {p.dC, per_B}, {p.ddt, f.heads}}) {
     fill_zeros(o, last * per_token, padding * per_token);
   }
-  const int64_t heads = heads_of_item(f), parts = (of_group + heads - 1) / heads;
+  const int64_t heads = heads_of_item(f), parts = std::max<int64_t>(1, (of_group + heads - 1) / heads);
   const int64_t floats = f.tokens * per_B;
   std::vector<float> dB(parts > 1 ? parts * floats : 0), dC(dB.size());
   std::vector<float> dD(f.sequences * per_x);
@@ -111,7 +111,7 @@ void run(const Params& p) {
       const int64_t end = std::min(begin + heads, (group + 1) * of_group);
       items.push_back({s.number, s.first, s.length, group, begin, end,
                        parts > 1 ? part_of(dB, part, floats, f) : p.dB, parts > 1 ? part_of(dC, part, floats, f) : p.dC,
-                       &partials[s.number * f.heads + begin]});
+                       partials.data() + s.number * f.heads + begin});
     }
   }
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.length > b.length; });

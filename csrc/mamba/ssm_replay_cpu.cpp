@@ -59,7 +59,8 @@ Sequence sequence_of(const Operand& state, const Layout& layout, const Ring& rin
   const Position position(ring, slot);
   const int64_t size = std::max<int64_t>(ring.size, 1);
   Sequence q{};
-  q.state = {at(state), nullptr, &layout, 0};
+  static char no_elements;  // a state without any (d_state 0) has no memory, yet it is not padding
+  q.state = {state.data ? at(state) : &no_elements, nullptr, &layout, 0};
   q.x = at(ring.x), q.B = at(ring.B), q.dt = reinterpret_cast<float*>(at(ring.dt));
   q.start = (position.start() % size + size) % size;
   q.count = std::clamp<int64_t>(position.count(), 0, ring.size);

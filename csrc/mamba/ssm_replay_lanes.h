@@ -231,6 +231,10 @@ template <typename T>
 void copy_row(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n) {
   const T* in = static_cast<const T*>(from);
   T* out = static_cast<T*>(to);
+  if (from_stride == 1 && to_stride == 1) {
+    std::memcpy(out, in, n * sizeof(T));
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) out[i * to_stride] = in[i * from_stride];
 }
 

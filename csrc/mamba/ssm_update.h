@@ -38,7 +38,8 @@ struct Params {
   Destination where;
   Indices destination;
   Indices num_accepted, num_tokens, parents;  // data null: not given
-  const int64_t* seed;          // (seed, offset)
+  const int64_t* seed;          // (seed, offset), seed_stride apart
+  int64_t seed_stride;
   bool stochastic;              // never for float32 states, whose rounding is exact
   bool dt_softplus;
   float dt_min, dt_max;         // infinity: no upper limit
@@ -95,6 +96,7 @@ inline Params check(const Tensor& state, const Tensor& x, const Tensor& dt, cons
   p.num_accepted = mamba::indices_of(num_accepted), p.num_tokens = mamba::indices_of(num_tokens);
   p.parents = mamba::indices_of(parents);
   p.seed = seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+  p.seed_stride = seed ? seed->stride(0) : 0;
   p.stochastic = rounding == "stochastic" && state.scalar_type() != ScalarType::Float;
   p.dt_softplus = dt_softplus, p.dt_min = float(dt_min), p.dt_max = dt_max ? float(*dt_max) : __builtin_inff();
   return p;

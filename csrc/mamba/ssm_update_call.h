@@ -36,6 +36,7 @@ class Call {
   std::vector<float> A_, dt_bias_, D_;
   Operand state_, scale_;
   Layout layout_, packed_;
+  int64_t seed_[2];
   std::vector<Sequence> sequences_;
   std::vector<int64_t> source_slots_, written_slots_;
   std::vector<Slot> written_;

@@ -71,7 +71,8 @@ void check_below(const char* op, const char* name, const Indices& indices, int64
 Slot Call::slot(int64_t index) {
   const int64_t bytes = problem.state == Element::kFloat ? 4 : problem.state < Element::kInt8 ? 2 : 1;
   float* scale = static_cast<float*>(scale_.data);
-  return {static_cast<char*>(state_.data) + index * state_.strides[0] * bytes,
+  static char no_elements;  // a state without any (d_state 0) has no memory, yet it is not padding
+  return {(state_.data ? static_cast<char*>(state_.data) : &no_elements) + index * state_.strides[0] * bytes,
           scale ? scale + index * scale_.strides[0] : nullptr, &layout_,
           uint64_t(index) * problem.heads * problem.head_dim * problem.d_state};
 }
@@ -195,7 +196,7 @@ Call::Call(const char* op, const Params& p)
   problem.D_has_channels = p.D.strides[1] != 0;
   if (p.D.data) problem.D = (D_ = floats_of(p.D, p.heads, problem.D_has_channels ? p.head_dim : 1)).data();
   problem.state = element_of(state_.dtype);
-  problem.seed = p.stochastic ? p.seed : nullptr;
+  if (p.stochastic) seed_[0] = p.seed[0], seed_[1] = p.seed[p.seed_stride], problem.seed = seed_;
   problem.dt_softplus = p.dt_softplus, problem.dt_min = p.dt_min, problem.dt_max = p.dt_max;
   const int64_t channels = p.heads * p.head_dim;
   problem.y = {p.y, problem.x.element, {p.tokens * channels, channels, p.head_dim, 1}};

@@ -98,7 +98,7 @@ def load(state: Tensor, indices: Tensor, has_initial: Tensor | None = None) -> T
     """Copies of the slots; zeros for a padding sequence (negative index) and where there is no initial state."""
     read = indices >= 0 if has_initial is None else (indices >= 0) & has_initial
     rows = state.new_zeros(len(indices), *state.shape[1:])
-    rows[read] = state[indices[read].long()]
+    rows[read.nonzero().flatten()] = state[indices[read].long()]  # one element by a mask: not for float8
     return rows
 
 

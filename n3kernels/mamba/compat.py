@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv1d import causal_conv1d
+from .conv1d_update import causal_conv1d_update_slots
 from .gated_norm import gated_rms_norm
 from .ssd_scan import ssd_scan
+from .ssm_update import ssm_update
 
 __all__ = [
     "RMSNorm",
@@ -90,7 +92,7 @@ def mamba_chunk_scan_combined(
 
     if return_varlen_states and (cu_seqlens is None or x.shape[0] != 1):
         raise ValueError("return_varlen_states needs cu_seqlens and a batch of 1")
-    if seq_idx is None:
+    if seq_idx is None or seq_idx.numel() == 0:
         out, final = ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, **options)
     else:
         ends, first, last = _runs(seq_idx)
@@ -235,7 +237,7 @@ def selective_state_update(
     if _tied(A, 1, 2) and _tied(dt, 2) and (dt_bias is None or _tied(dt_bias, 1)):
         bias = None if dt_bias is None else dt_bias[:, 0]
         gate = None if z is None else z.to(x.dtype)
-        return torch.ops.n3.ssm_update.default(
+        return ssm_update(
             state, x, dt[..., 0], A[:, 0, 0], B.to(x.dtype), C.to(x.dtype), D, gate, bias, state_batch_indices,
             dt_softplus=dt_softplus, dt_min=-math.inf,
         )  # fmt: skip
@@ -394,7 +396,7 @@ def causal_conv1d_fn(
     torch.Size([2, 8, 5])
     """
     rows, act = x.transpose(1, 2), _activation(activation)
-    if seq_idx is None:
+    if seq_idx is None or seq_idx.numel() == 0:
         y, final = causal_conv1d(rows, weight, bias, initial_states, activation=act)
     else:
         ends, first, last = _runs(seq_idx)
@@ -437,8 +439,7 @@ def causal_conv1d_update(
     torch.Size([2, 8])
     """
     tokens = x if x.dim() == 2 else x.transpose(1, 2)
-    update = torch.ops.n3.causal_conv1d_update.default
-    y = update(
+    y = causal_conv1d_update_slots(
         tokens, conv_state, weight, bias, conv_state_indices,
         cache_seqlens=cache_seqlens, activation=_activation(activation),
     )  # fmt: skip

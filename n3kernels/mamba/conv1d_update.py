@@ -10,10 +10,10 @@ from ._sequences import check_indices
 from ._supports import not_float64
 from .conv1d import check_conv_state, check_taps
 
-__all__ = ["causal_conv1d_update"]
+__all__ = ["causal_conv1d_update_slots"]
 
 
-def causal_conv1d_update(
+def causal_conv1d_update_slots(
     x: Tensor,
     conv_state: Tensor,
     weight: Tensor,
@@ -69,7 +69,7 @@ def causal_conv1d_update(
 
     >>> conv_state = torch.zeros(2, 8, 3)
     >>> x = torch.randn(2, 8)
-    >>> causal_conv1d_update(x, conv_state, torch.randn(8, 4)).shape, bool((conv_state[:, :, 2] == x).all())
+    >>> causal_conv1d_update_slots(x, conv_state, torch.randn(8, 4)).shape, bool((conv_state[:, :, 2] == x).all())
     (torch.Size([2, 8]), True)
     """
     return torch.ops.n3.causal_conv1d_update.default(

@@ -91,7 +91,7 @@ def mamba2_decode(
     y = _normalise(y, z, norm_weight, B.shape[-2], group_size, eps, norm_before_gate).to(zxbcdt.dtype)
     source = source_slots(zxbcdt, state_indices, num_accepted)
     count = reference_decode.count_tokens(steps, num_tokens, source)
-    return reference_decode.zero_padding(y.view(len(y), steps, -1), count).view(y.shape)
+    return reference_decode.zero_padding(y.view(len(y), steps, y.shape[-1]), count).view(y.shape)
 
 
 def _columns(zxbcdt: Tensor, conv_weight: Tensor, ssm_state: Tensor) -> tuple[Tensor, ...]:

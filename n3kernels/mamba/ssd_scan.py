@@ -202,9 +202,12 @@ def _check_bwd(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, **options)
     check = Check("ssd_scan_bwd")
     check.shape("grad_y", grad_y, x.shape)
+    check.floating("grad_y", grad_y)
     if grad_final_states is not None:
         sequences = count_sequences(check, x, cu_seqlens, 4)
         check.shape("grad_final_states", grad_final_states, (sequences, *x.shape[-2:], B.shape[-1]))
+        check.floating("grad_final_states", grad_final_states)
+    check.same_device("x", x, grad_y=grad_y, grad_final_states=grad_final_states)
 
 
 def _fake(

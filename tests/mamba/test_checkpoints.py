@@ -10,7 +10,7 @@ from properties import all_serving, examples
 from ssd_problems import dtypes, layouts, magnitude, operands, recurrence, states
 
 from n3kernels import use_backend
-from n3kernels.mamba import causal_conv1d_slots, causal_conv1d_update, ssd_scan_slots, ssm_update
+from n3kernels.mamba import causal_conv1d_slots, causal_conv1d_update_slots, ssd_scan_slots, ssm_update
 
 OPS = ("causal_conv1d.slots", "ssd_scan.slots")
 INT = {"dtype": torch.int32, "device": DEVICE}
@@ -224,7 +224,7 @@ def test_a_convolution_is_as_many_updates(which, use):
         for start in (11, 14, 17):
             options = {"shift": {}, "window": {"num_accepted": 3}, "ring": {"cache_seqlens": start}}[use]
             options = {name: torch.full((2,), value, **INT) for name, value in options.items()}
-            got.append(causal_conv1d_update(x[:, start : start + 3], state, weight, activation="silu", **options))
+            got.append(causal_conv1d_update_slots(x[:, start : start + 3], state, weight, activation="silu", **options))
     assert_invariant(which, torch.cat(got, 1), want)
     assert_same_bits(state, whole)  # after 20 inputs column 0 of the ring is the oldest again
 

@@ -252,6 +252,12 @@ def test_conv_with_seq_idx_and_states():
     assert torch.equal(final[1], x[1, :, -3:])
 
 
+def test_rows_without_tokens_keep_their_states():
+    nothing, before = torch.zeros(2, 0, dtype=torch.int32), randn(2, 12, 3)
+    y, final = compat.causal_conv1d_fn(randn(2, 12, 0), randn(12, 4), None, nothing, before, True)
+    assert y.shape == (2, 12, 0) and torch.equal(final, before)
+
+
 @pytest.mark.parametrize("state_len", [3, 5])
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("tokens", [None, 2])

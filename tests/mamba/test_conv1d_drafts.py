@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from properties import examples, path_to, random_tree
 
 from n3kernels import use_backend
-from n3kernels.mamba import causal_conv1d_update
+from n3kernels.mamba import causal_conv1d_update_slots
 
 OPS = ("causal_conv1d_update",)
 INT = {"dtype": torch.int32, "device": DEVICE}
@@ -63,7 +63,7 @@ def test_ragged_tokens_and_longer_states(backend, problem, count, more, where, r
     before, source = state.clone(), torch.tensor([2, -1, 0], device=DEVICE)
     each = 4 + torch.arange(3 * count, device=DEVICE, dtype=torch.int32).view(3, count)
     destination = {"same": None, "one": torch.tensor([3, 1, -1], **INT), "each": each}[where]
-    y = causal_conv1d_update(
+    y = causal_conv1d_update_slots(
         x, state, weight, bias, source, destination, num_tokens=torch.tensor(counts, **INT), activation=activation
     )
     expected = before.clone()
@@ -91,12 +91,12 @@ def test_a_token_of_a_tree_is_the_end_of_its_path(backend, problem, count, more,
     state = states(2 + 2 * count, problem[1] - 1 + more, problem)
     before = state.clone()
     each = 2 + torch.arange(2 * count, **INT).view(2, count)
-    y = causal_conv1d_update(x, state, weight, bias, None, each, parents=parents, activation=activation)
+    y = causal_conv1d_update_slots(x, state, weight, bias, None, each, parents=parents, activation=activation)
     for b in range(2):
         for t in range(count):
             path = path_to(parents[b].tolist(), t)
             alone = before[b : b + 1].clone()
-            y_path = causal_conv1d_update(x[b : b + 1, path], alone, weight, bias, activation=activation)
+            y_path = causal_conv1d_update_slots(x[b : b + 1, path], alone, weight, bias, activation=activation)
             assert_invariant(backend, y[b, t], y_path[0, -1])
             assert_same_bits(state[each[b, t]], alone[0])
             said = torch.cat([before[b].T, x[b, path]])
@@ -112,7 +112,7 @@ def test_a_tree_with_padding(backend):
     parents = torch.tensor([[-1, 0, 77], [5, -9, 3]], **INT)
     source, each = torch.tensor([1, -1], **INT), torch.tensor([[2, 3, 4], [5, 6, 7]], **INT)
     counts = torch.tensor([2, 3], **INT)
-    y = causal_conv1d_update(
+    y = causal_conv1d_update_slots(
         x, state, weight, bias, source, each, num_tokens=counts, parents=parents, activation=activation
     )
     assert y[0, 2].count_nonzero() == 0 and y[1].count_nonzero() == 0
@@ -131,8 +131,8 @@ def test_the_state_of_the_last_accepted_token(backend, problem, columns, count, 
     indices[1, accepted[1] - 1] = -1
     read = indices[torch.arange(3), accepted.long() - 1]
     expected = state.clone()
-    want = causal_conv1d_update(x, expected, weight, bias, read, activation=activation)
-    y = causal_conv1d_update(x, state, weight, bias, indices, num_accepted=accepted, activation=activation)
+    want = causal_conv1d_update_slots(x, expected, weight, bias, read, activation=activation)
+    y = causal_conv1d_update_slots(x, state, weight, bias, indices, num_accepted=accepted, activation=activation)
     assert_invariant(backend, y, want)
     assert_same_bits(state, expected)
 
@@ -159,7 +159,7 @@ def test_rejected_tokens_leave_a_window(backend, problem, count, moves, rnd):
             x[b, n:] = float("nan")
         to = [2, 0] if moves and slots == [3, 1] else [3, 1]
         before = state.clone()
-        y = causal_conv1d_update(
+        y = causal_conv1d_update_slots(
             x, state, weight, bias, torch.tensor(slots, **INT), torch.tensor(to, **INT) if moves else None,
             num_accepted=torch.tensor(accepted, **INT), num_tokens=torch.tensor(counts, **INT), activation=activation,
         )  # fmt: skip
@@ -181,7 +181,7 @@ def test_a_window_keeps_the_columns_of_padding(backend):
     x, state = tokens(3, 3, SMALL), states(3, 5, SMALL)
     before = state.clone()
     accepted, counts = torch.tensor([2, 3, 1], **INT), torch.tensor([1, 3, 0], **INT)
-    causal_conv1d_update(x, state, weight, bias, num_accepted=accepted, num_tokens=counts, activation=activation)
+    causal_conv1d_update_slots(x, state, weight, bias, num_accepted=accepted, num_tokens=counts, activation=activation)
     assert_same_bits(state[0], torch.cat([before[0, :, 2:4], x[0, :1].T, before[0, :, 3:]], 1))
     assert_same_bits(state[1], torch.cat([before[1, :, 3:], x[1].T], 1))
     assert_same_bits(state[2], before[2])
@@ -206,7 +206,7 @@ def test_a_ring_goes_back_by_a_number(backend, problem, count, more, rnd):
             x[b, n:] = float("nan")
         seen = torch.tensor([len(s) - (width - 1) for s in said] + [3], **INT)
         before = state.clone()
-        y = causal_conv1d_update(
+        y = causal_conv1d_update_slots(
             x, state, weight, bias, torch.tensor([2, 0, -1], device=DEVICE), cache_seqlens=seen,
             num_tokens=torch.tensor(counts, **INT), activation=activation,
         )  # fmt: skip
@@ -227,7 +227,8 @@ def test_a_ring_shorter_than_the_tokens(backend):
     weight, bias, activation = weights(SMALL)
     x, state = tokens(1, 7, SMALL), states(1, 3, SMALL)
     before = state.clone()
-    y = causal_conv1d_update(x, state, weight, bias, cache_seqlens=torch.tensor([4], **INT), activation=activation)
+    seen = torch.tensor([4], **INT)
+    y = causal_conv1d_update_slots(x, state, weight, bias, cache_seqlens=seen, activation=activation)
     said = torch.cat([before[0, :, [1, 2, 0]].T, x[0]])  # inputs 1, 2, 3
     for t in range(7):
         assert_is_the_output(y[0, t], said[: 3 + t + 1], weight, bias, activation)
@@ -260,10 +261,10 @@ def test_a_sequence_does_not_see_the_others(backend, use):
     """The second sequence is NaN; the first has the bits it has in other company."""
     (x, state, *rest), options = call_of(use)
     other = state.clone()
-    y = causal_conv1d_update(x, state, *rest, **options)
+    y = causal_conv1d_update_slots(x, state, *rest, **options)
     x[1] = float("nan")
     other[1 if use not in ("slots",) else 2] = float("nan")
-    again = causal_conv1d_update(x, other, *rest, **options)
+    again = causal_conv1d_update_slots(x, other, *rest, **options)
     assert_invariant(backend, again[0], y[0])
     first = {"shift": [0], "slots": [1], "tree": [4, 5, 6], "window": [0], "ring": [0]}[use]
     assert_same_bits(other[first], state[first])
@@ -273,8 +274,8 @@ def test_a_sequence_does_not_see_the_others(backend, use):
 def test_any_strides(backend, use):
     (x, state, weight, bias), options = call_of(use)
     turned = state.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    y = causal_conv1d_update(x.contiguous(), state, weight, bias, **options)
-    assert_invariant(backend, causal_conv1d_update(x, turned, weight.T.contiguous().T, bias, **options), y)
+    y = causal_conv1d_update_slots(x.contiguous(), state, weight, bias, **options)
+    assert_invariant(backend, causal_conv1d_update_slots(x, turned, weight.T.contiguous().T, bias, **options), y)
     assert_same_bits(turned, state)
 
 
@@ -318,6 +319,8 @@ BAD_VALUES = [
     ({"num_accepted": torch.tensor([4, 1])}, "num_accepted must be between 1 and 3, got 4"),
     ({"num_accepted": torch.tensor([1, 3]), "state_indices": torch.zeros(2, 2)},
      "num_accepted must be between 1 and 2, got 3"),
+    ({"num_accepted": torch.ones(2), "state_indices": torch.zeros(2, 0)},
+     "num_accepted must be between 1 and 0, got 1"),
     ({"state_indices": torch.tensor([[0, 3], [1, 2]]), "num_accepted": torch.ones(2)},
      "state_indices must be below the number of slots 3, got 3"),
     ({"cache_seqlens": torch.tensor([0, -1])}, "cache_seqlens must be at least 0, got -1"),
@@ -332,7 +335,7 @@ def message_of(change):
     call = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in {**GOOD, **change}.items()}
     before = call["conv_state"].clone()
     with pytest.raises(RuntimeError) as error:
-        causal_conv1d_update(**call)
+        causal_conv1d_update_slots(**call)
     assert_same_bits(call["conv_state"], before)  # nothing is written
     return str(error.value)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from n3kernels import use_backend
-from n3kernels.mamba import causal_conv1d_update, reference
+from n3kernels.mamba import causal_conv1d_update_slots, reference
 
 OPS = ("causal_conv1d_update",)
 
@@ -55,7 +55,7 @@ def test_agrees_with_the_definition(backend, problem, turned):
     if turned:
         state = state.transpose(1, 2).contiguous().transpose(1, 2)
     before = state.clone()
-    y = causal_conv1d_update(x, state, weight, bias, activation=activation)
+    y = causal_conv1d_update_slots(x, state, weight, bias, activation=activation)
     assert y.dtype == x.dtype and y.is_contiguous()
     assert_is_the_convolution(y, x, before[:batch], weight, bias, activation)
     whole = window(before[:batch], x)
@@ -67,7 +67,7 @@ def test_agrees_with_the_definition(backend, problem, turned):
 def test_published_shapes(backend, channels):
     x, state, weight, bias, activation = inputs((2, 1, channels, 4, torch.bfloat16, True, "silu"), 2)
     before = state.clone()
-    y = causal_conv1d_update(x[:, 0], state, weight, bias, activation=activation)
+    y = causal_conv1d_update_slots(x[:, 0], state, weight, bias, activation=activation)
     assert_is_the_convolution(y[:, None], x, before, weight, bias, activation)
     assert_same_bits(state, window(before, x)[..., 1:])
 
@@ -79,9 +79,9 @@ def test_published_shapes(backend, channels):
 def test_many_tokens_are_many_calls(backend, problem):
     x, at_once, weight, bias, activation = inputs(problem, problem[0])
     one_by_one = at_once.clone()
-    y = causal_conv1d_update(x, at_once, weight, bias, activation=activation)
+    y = causal_conv1d_update_slots(x, at_once, weight, bias, activation=activation)
     for t in range(x.shape[1]):
-        y_t = causal_conv1d_update(x[:, t], one_by_one, weight, bias, activation=activation)
+        y_t = causal_conv1d_update_slots(x[:, t], one_by_one, weight, bias, activation=activation)
         assert_invariant(backend, y[:, t], y_t)
     assert_same_bits(at_once, one_by_one)
 
@@ -94,7 +94,7 @@ def test_a_state_per_token(backend, problem):
     before = state.clone()
     slots = batch + torch.arange(batch * tokens, device=DEVICE, dtype=torch.int32).view(batch, tokens)
     slots[:, 1::2] = -1
-    y = causal_conv1d_update(x, state, weight, bias, None, slots, activation=activation)
+    y = causal_conv1d_update_slots(x, state, weight, bias, None, slots, activation=activation)
     assert_is_the_convolution(y, x, before[:batch], weight, bias, activation)
     whole, untouched = window(before[:batch], x), torch.ones(len(state), dtype=torch.bool)
     for b in range(batch):
@@ -109,7 +109,7 @@ def test_states_are_read_before_they_are_written(backend):
     x, state, weight, bias, activation = inputs((4, *SMALL[1:]), 4)
     before = state.clone()
     source, destination = (torch.tensor(i, device=DEVICE) for i in ([0, 1, 2, 2], [1, 0, 3, 2]))
-    causal_conv1d_update(x, state, weight, bias, source, destination, activation=activation)
+    causal_conv1d_update_slots(x, state, weight, bias, source, destination, activation=activation)
     assert_same_bits(state[destination], window(before[source], x)[..., 2:])
 
 
@@ -120,7 +120,7 @@ def test_padding_touches_nothing(backend, index):
     x[1], state[0] = float("nan"), float("nan")
     before = state.clone()
     source, destination = (torch.tensor(i, dtype=index, device=DEVICE) for i in ([4, -1, 2], [1, 3, -1]))
-    y = causal_conv1d_update(x, state, weight, bias, source, destination, activation=activation)
+    y = causal_conv1d_update_slots(x, state, weight, bias, source, destination, activation=activation)
     assert y[1].count_nonzero() == 0
     assert_is_the_convolution(y[[0, 2]], x[[0, 2]], before[[4, 2]], weight, bias, activation)
     assert_same_bits(state[1], window(before[[4]], x[[0]])[0, :, 2:])
@@ -132,11 +132,11 @@ def test_a_sequence_does_not_see_the_others(backend):
     x, state, weight, bias, activation = inputs((4, *SMALL[1:]), 4)
     x[1], state[2] = float("nan"), float("nan")
     before = state.clone()
-    y = causal_conv1d_update(x, state, weight, bias, activation=activation)
+    y = causal_conv1d_update_slots(x, state, weight, bias, activation=activation)
     assert y[1].isnan().all() and y[2].isnan().all()
     for b in (0, 3):
         alone = before[b : b + 1].clone()
-        y_one = causal_conv1d_update(x[b : b + 1], alone, weight, bias, activation=activation)
+        y_one = causal_conv1d_update_slots(x[b : b + 1], alone, weight, bias, activation=activation)
         assert_invariant(backend, y[b], y_one[0])
         assert_same_bits(state[b], alone[0])
 
@@ -160,7 +160,7 @@ def test_opcheck(tokens, full):
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiles_without_a_break(dynamic):
     def step(x, state, weight, bias, indices):
-        return causal_conv1d_update(x, state, weight, bias, indices, activation="silu").sin()
+        return causal_conv1d_update_slots(x, state, weight, bias, indices, activation="silu").sin()
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -207,7 +207,7 @@ def message_of(change):
     call = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in {**GOOD, **change}.items()}
     before = call["conv_state"].clone()
     with pytest.raises(RuntimeError) as error:
-        causal_conv1d_update(**call)
+        causal_conv1d_update_slots(**call)
     assert_same_bits(call["conv_state"], before)  # nothing is written
     return str(error.value)
 

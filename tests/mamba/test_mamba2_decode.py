@@ -22,7 +22,7 @@ from properties import all_serving, examples, path_to, random_tree
 from ssd_problems import PUBLISHED, dtypes, layouts
 
 from n3kernels import use_backend
-from n3kernels.mamba import causal_conv1d_update, gated_rms_norm, mamba2_decode, ssm_update
+from n3kernels.mamba import causal_conv1d_update_slots, gated_rms_norm, mamba2_decode, ssm_update
 
 OPS = ("mamba2_decode",)
 STATES = ("conv_state", "ssm_state")
@@ -111,7 +111,7 @@ def test_equals_its_parts(which, use):
         y = mamba2_decode(**call, **where, **stored, state_scale=scales[0], **options)
         z, xbc, dt = other["zxbcdt"].split([inner, channels, heads], -1)
         conv = other["conv_state"], other["conv_weight"], other["conv_bias"]
-        xbc = causal_conv1d_update(xbc, *conv, **where, activation="silu")
+        xbc = causal_conv1d_update_slots(xbc, *conv, **where, activation="silu")
         x, B, C = xbc.split([inner, groups * d_state, groups * d_state], -1)
         B, C = B.unflatten(-1, (groups, d_state)), C.unflatten(-1, (groups, d_state))
         x, rest = x.unflatten(-1, (heads, head_dim)), (other["D"], None, other["dt_bias"])
@@ -131,6 +131,15 @@ def test_equals_its_parts(which, use):
 
 
 # ---------------------------------------------------------------- invariants
+
+
+@pytest.mark.parametrize("tokens", [(0,), (0, 3), (2, 0)])
+def test_no_tokens(backend, tokens):
+    call, options = mixer(tokens)
+    before = clones(call)
+    assert mamba2_decode(**call, **options).shape == (*tokens, 32)
+    for name in STATES:
+        assert_same_bits(call[name], before[name])
 
 
 @examples(layouts, dtypes, variants, st.integers(1, 6))

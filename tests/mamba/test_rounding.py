@@ -13,7 +13,7 @@ from conftest import DEVICE, assert_close_to, assert_same_bits, backends_here
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
-from ssd_problems import magnitude, operands, recurrence
+from ssd_problems import magnitude, operands, recurrence, states
 
 from n3kernels import _philox, use_backend
 from n3kernels.mamba import rounding, ssm_update
@@ -155,6 +155,16 @@ def test_the_token_counts_and_not_the_call(backend, dtype):
         truth = v[b, n - 1][None]
         truth = scaled(truth, dtype)[0] if dtype in LARGEST else truth
         assert_same_bits(state[b], stochastic(truth, words_of([b], seed, n - 1), dtype)[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the CUDA kernels read the two numbers side by side")
+def test_a_seed_of_any_stride(backend):
+    (call, options), state = operands((3,), (4, 2, 8, 16)), states(3, (4, 2, 8, 16), torch.bfloat16)
+    for seed in (torch.tensor([7, 0, 9])[::2], torch.tensor(5).expand(2)):
+        one, other = state.clone(), state.clone()
+        ssm_update(one, **call, rounding="stochastic", seed=seed, **options)
+        ssm_update(other, **call, rounding="stochastic", seed=torch.tensor(seed.tolist()), **options)
+        assert_same_bits(one, other)
 
 
 def test_a_float32_state_is_not_rounded(backend):

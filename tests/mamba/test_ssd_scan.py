@@ -495,6 +495,25 @@ def test_bad_packing(backend, cu_seqlens, message):
     assert message_of(ssd_scan, {**PACKED, "cu_seqlens": cu_seqlens}) == f"n3::ssd_scan: {message}"
 
 
+BAD_GRADIENTS = [
+    ({"grad_y": torch.zeros(2, 5, 4, 7)}, "grad_y must have shape [2, 5, 4, 8], got [2, 5, 4, 7]"),
+    ({"grad_y": torch.zeros(2, 5, 4, 8, dtype=I32)}, "grad_y must be float32, float16 or bfloat16, got int32"),
+    ({"grad_final": torch.zeros(2, 4, 8, 15)}, "grad_final_states must have shape [2, 4, 8, 16], got [2, 4, 8, 15]"),
+    ({"grad_final": torch.zeros(2, 4, 8, 16, dtype=I32)},
+     "grad_final_states must be float32, float16 or bfloat16, got int32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", BAD_GRADIENTS)
+@pytest.mark.op("ssd_scan_bwd")
+def test_bad_gradients(backend, change, message):
+    call, options = operands((2, 5), (4, 2, 8, 16))
+    given = {"grad_y": call["x"], "grad_final": None, **here(change)}
+    with pytest.raises(RuntimeError) as error:
+        bwd(call, options, None, None, **given)
+    assert str(error.value) == f"n3::ssd_scan_bwd: {message}"
+
+
 @pytest.mark.parametrize("which", [b for b in backends_here(OPS) if b in ("reference", "cpu")])
 def test_bad_values(which):
     """Where reading a value costs no synchronisation it is checked, and nothing is written."""

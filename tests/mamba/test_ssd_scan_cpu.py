@@ -102,3 +102,14 @@ def test_a_time_step_may_be_huge(step, where):
     call["A"].fill_(-16.0)
     call["dt"][:, where], call["x"][:, where] = step, 0.0
     agree(ssd_scan(**call, **options), call, options)
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 4, 3), (4, 2, 0, 3), (4, 2, 8, 0)])
+def test_gradients_of_nothing(layout):
+    """No heads, channels or states: what is left has gradients of zero, but for D x."""
+    call, options = operands((2, 5), layout)
+    leaves = {name: t.detach().requires_grad_() for name, t in call.items() if t is not None}
+    y, final = ssd_scan(**leaves, **options)
+    (y.sum() + final.sum()).backward()
+    for name in ("dt", "A", "B", "C", "dt_bias"):
+        assert leaves[name].grad.shape == leaves[name].shape and not leaves[name].grad.any()

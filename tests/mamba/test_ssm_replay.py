@@ -204,6 +204,15 @@ def test_a_single_token(which):
         commit(ring, torch.full((2,), count, **INT), count)
 
 
+@pytest.mark.op("ssm_replay_update")
+def test_a_state_of_no_elements_is_no_padding(backend):
+    layout = (4, 2, 8, 0)
+    call, options = operands((3,), layout)
+    truth = call["x"] * call["D"][:, None] * torch.nn.functional.silu(call["z"])
+    y = ssm_replay_update(states(3, layout), **rings(3, 4, layout), **call, **options)
+    assert_close_to(y, truth.double(), 1e-5, truth.double().abs())
+
+
 # ---------------------------------------------------------------- commit and flush
 
 

@@ -133,6 +133,13 @@ def test_padding_touches_nothing(backend, index):
     assert_same_bits(state[[0, 2, 3, 4]], before[[0, 2, 3, 4]])
 
 
+def test_a_state_of_no_elements_is_no_padding(backend):
+    call, options = operands((3,), (4, 2, 8, 0))
+    state = states(3, (4, 2, 8, 0))
+    truth = call["x"] * call["D"][:, None] * torch.nn.functional.silu(call["z"])
+    assert_close_to(ssm_update(state, **call, **options), truth.double(), 1e-5, truth.double().abs())
+
+
 def test_a_sequence_does_not_see_the_others(backend):
     """Alone or beside a NaN state and NaN inputs: the same bits."""
     call, options = operands((4, 3), SMALL)

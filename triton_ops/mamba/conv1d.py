@@ -172,7 +172,7 @@ def _state_kernel(
     """
     which = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs = tl.arange(0, BLOCK_S)
+    offs = tl.arange(0, BLOCK_S).to(tl.int64)
     if at_tokens_ptr is not None:
         token = tl.load(at_tokens_ptr + which).to(tl.int64)
         s, start = sequence_of(token, ends_ptr, sequences, length, steps)
@@ -221,7 +221,7 @@ def _weight_gradient_kernel(
         tl.store(partial_ptr + base + k * channels, tl.full((BLOCK_C,), 0.0, tl.float32), mask=mask)
     tl.debug_barrier()  # what is stored there, perhaps another thread loads
     for tile in range(piece * tiles_each, (piece + 1) * tiles_each):
-        i = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        i = tl.cast(tile, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         s, start = sequence_of(i, ends_ptr, sequences, length, steps)
         alive = (i < tokens) & (s >= 0)
         slot = tl.where(alive, s, -1)

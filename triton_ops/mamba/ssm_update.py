@@ -255,6 +255,7 @@ def update(state: Tensor, operands: tuple, indices: tuple, options: tuple, dtype
     x, dt, A, B, C, D, z, dt_bias = operands
     source, dst, accepted, counts, parents = (dense(t) for t in indices)
     scale, seed, rounding, dt_softplus, dt_min, dt_max = options
+    seed = dense(seed)
     y = x.new_empty(x.shape, dtype=dtype)
     if x.dim() == 3:
         x, dt, B, C, z = (t if t is None else t[:, None] for t in (x, dt, B, C, z))
