@@ -97,6 +97,7 @@ N3_DEVICE E4m3 stochastic<E4m3>(float v, uint32_t word) {
 
 struct Rounding {
   const int64_t* seed;  // (seed, offset) of stochastic rounding; null: to nearest
+  int64_t stride = 1;   // between the two
 };
 
 // ---- rows
@@ -234,7 +235,7 @@ struct Row {
                        int64_t element, int64_t token) const {
     const bool draws = rounding.seed && !std::is_same_v<State, float>;
     const uint64_t key = draws ? uint64_t(rounding.seed[0]) : 0;
-    const uint64_t step = draws ? uint64_t(rounding.seed[1]) + uint64_t(token) : 0;
+    const uint64_t step = draws ? uint64_t(rounding.seed[rounding.stride]) + uint64_t(token) : 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int at = first(lane, g);

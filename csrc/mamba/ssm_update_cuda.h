@@ -32,7 +32,7 @@ inline Args args_of(const Params& p) {
   a.slots = {mamba::view_of(p.source), p.source_cols, mamba::Where(p.where), mamba::view_of(p.destination),
              mamba::view_of(p.num_accepted), mamba::view_of(p.num_tokens), mamba::view_of(p.parents), p.slots, p.batch,
              p.tokens};
-  a.rounding = {p.stochastic ? p.seed : nullptr};
+  a.rounding = {p.stochastic ? p.seed : nullptr, p.seed_stride};
   a.heads = p.heads, a.heads_per_group = p.heads / p.groups, a.head_dim = p.head_dim, a.d_state = p.d_state;
   a.vectors = in_vectors(p.state, p.d_state, state_bytes(p.state.dtype));
   return a;
