@@ -1,4 +1,4 @@
-// The mamba kernels under the emulator, with C entries for tests/mamba/test_cuda_kernels.py. The grids are those of the
+// The mamba kernels under the emulator, with C entries for tests/mamba/test_mamba_cuda_kernels.py. The grids are those of the
 // plans; arguments are the kernels' own structures, which the tests fill in as the launchers do.
 #include "cuda_emulator.h"
 

@@ -1,5 +1,5 @@
 """What the CPU kernels of the scan promise beyond every backend: the division of the work does not show, no token sees
-a later one, not even its NaN, and log decays may have any size and sign. (The instruction set: test_isa.py.)"""
+a later one, not even its NaN, and log decays may have any size and sign. (The instruction set: test_mamba_isa.py.)"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Every instruction set of the CPU kernels gives the same bits. The choice is made once per process, so run as a
-program this file computes and prints digests: ``N3_CPU_ISA=generic python tests/mamba/test_isa.py``."""
+program this file computes and prints digests: ``N3_CPU_ISA=generic python tests/mamba/test_mamba_isa.py``."""
 
 from __future__ import annotations
 

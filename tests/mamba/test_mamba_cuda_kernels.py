@@ -110,8 +110,9 @@ class SsmArgs(ctypes.Structure):
     _fields_ = [
         ("state", View), ("scale", View), ("x", View), ("z", View), ("B", View), ("C", View), ("D", View), ("y", View),
         ("time", TimeStep), ("slots", Slots), ("states", Staged), ("scales", Staged), ("seed", ctypes.c_void_p),
-        ("heads", ctypes.c_int64), ("heads_per_group", ctypes.c_int64), ("head_dim", ctypes.c_int64),
-        ("d_state", ctypes.c_int64), ("tiles", ctypes.c_int64), ("vectors", ctypes.c_bool),
+        ("seed_stride", ctypes.c_int64), ("heads", ctypes.c_int64), ("heads_per_group", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64), ("d_state", ctypes.c_int64), ("tiles", ctypes.c_int64),
+        ("vectors", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -460,8 +461,8 @@ def ssm_update(kernels, state, x, dt, A, B, C, D=None, z=None, dt_bias=None, sta
     skip = View() if D is None else view(D if D.dim() == 2 else D[:, None].expand(-1, head_dim))
     args = SsmArgs(
         view(state), view(state_scale), view(x), view(z), view(B), view(C), skip, view(y), time, at, *staged[:2],
-        seed.data_ptr() if rounding == "stochastic" and state.dtype != torch.float32 else None, heads,
-        heads // B.shape[-2], head_dim, d_state, 0, vectors,
+        seed.data_ptr() if rounding == "stochastic" and state.dtype != torch.float32 else None,
+        1 if seed is None else seed.stride(0), heads, heads // B.shape[-2], head_dim, d_state, 0, vectors,
     )  # fmt: skip
     run(kernels.emulate_ssm_update, args, reverse)
     return y
@@ -668,7 +669,7 @@ class Rings:
         return SsmArgs(
             view(self.state), View(), view(x), view(z), view(B), view(C),
             View() if D is None else view(D[:, None].expand(-1, self.head_dim)), view(y), time, at, Staged(), Staged(),
-            None, self.heads, self.heads // self.groups, self.head_dim, self.d_state, 0, self.d_state % 4 == 0,
+            None, 1, self.heads, self.heads // self.groups, self.head_dim, self.d_state, 0, self.d_state % 4 == 0,
         )  # fmt: skip
 
     def move_args(self, source, num_accepted=None, path=None, tokens=0):
@@ -769,8 +770,8 @@ def decode(kernels, fused, zxbcdt, conv_weight, conv_bias, conv_state, ssm_state
     ssm_args = SsmArgs(
         view(ssm_state), view(state_scale), view(heads_of_x), View(), view(B), view(C),
         view(D[:, None].expand(-1, head_dim)), view(u.view(heads_of_x.shape)),
-        TimeStep(view(dt), view(A), view(dt_bias), True, 0.0, float("inf")), at, staged[1], staged[2], None, heads,
-        heads // groups, head_dim, d_state, 0, True,
+        TimeStep(view(dt), view(A), view(dt_bias), True, 0.0, float("inf")), at, staged[1], staged[2], None, 1,
+        heads, heads // groups, head_dim, d_state, 0, True,
     )  # fmt: skip
     norm_args = MixerNorm(view(z), view(y), view(norm_weight), group_size, 1e-5, norm_before_gate)
     if fused:
