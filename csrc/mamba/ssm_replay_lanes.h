@@ -231,7 +231,7 @@ template <typename T>
 void copy_row(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n) {
   const T* in = static_cast<const T*>(from);
   T* out = static_cast<T*>(to);
-  if (from_stride == 1 && to_stride == 1) {
+  if (n > 0 && from_stride == 1 && to_stride == 1) {  // of nothing there may be no memory
     std::memcpy(out, in, n * sizeof(T));
     return;
   }
