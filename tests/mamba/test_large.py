@@ -19,7 +19,7 @@ from n3kernels import _philox, use_backend
 from n3kernels.mamba import (
     causal_conv1d,
     causal_conv1d_slots,
-    causal_conv1d_update,
+    causal_conv1d_update_slots,
     gated_rms_norm,
     mamba2_decode,
     mamba2_prefill,
@@ -142,12 +142,12 @@ def call_conv_slots(dtype):
 def call_conv_update(dtype):
     call = {**convolution(dtype), "conv_state": conv_states(dtype), "state_indices": SLOTS}
     call["x"] = call["x"][:, :3]
-    return causal_conv1d_update, call, ("x", "conv_state"), ("conv_state",)
+    return causal_conv1d_update_slots, call, ("x", "conv_state"), ("conv_state",)
 
 
 def call_conv_ring(dtype):
     call = call_conv_update(dtype)[1] | {"cache_seqlens": torch.tensor([7, 1], **INT)}
-    return causal_conv1d_update, call, ("x", "conv_state"), ("conv_state",)
+    return causal_conv1d_update_slots, call, ("x", "conv_state"), ("conv_state",)
 
 
 PER_TOKEN = ("x", "dt", "B", "C", "z")
