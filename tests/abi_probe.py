@@ -18,7 +18,7 @@ def main(calls_file: str, results_file: str) -> None:
     results = {}
     for name, (args, kwargs) in torch.load(calls_file, weights_only=True).items():
         out = n3kernels._dispatch.OPS[name].overload(*args, **kwargs)
-        outs = [out] if isinstance(out, torch.Tensor) else list(out)
+        outs = [out] if isinstance(out, torch.Tensor) else list(out or ())  # some write their arguments alone
         written = [a for a in args if isinstance(a, torch.Tensor)]
         results[name] = (n3kernels.explain(name).backend, outs, written)
     torch.save({"torch": str(torch.__version__), "library": n3kernels._library.name, "results": results}, results_file)
