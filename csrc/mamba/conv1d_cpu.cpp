@@ -1,6 +1,5 @@
 // The convolution of prompts. Outputs are computed in items of a tile of channels and some tokens, whose windows begin
 // in the initial state for the first of them; then the states are kept, which are the last inputs of what came before.
-#include <sstream>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -30,37 +29,6 @@ namespace {
 
 constexpr int64_t kTile = 512;  // channels: kTokens + width - 1 rows, as many outputs and the taps stay in the L1 cache
 constexpr int64_t kPiece = 64;  // tokens of an item: some 20 us
-
-// ---- values of indices
-
-void check_ends(const Params& p) {
-  const Indices& ends = p.cu_seqlens;
-  if (!ends.data) return;
-  bool rises = ends(0) == 0 && ends(p.sequences) <= p.tokens;
-  for (int64_t s = 0; s < p.sequences; ++s) rises = rises && ends(s) <= ends(s + 1);
-  if (rises) return;
-  std::ostringstream list;
-  for (int64_t s = 0; s <= p.sequences; ++s) list << (s ? ", " : "[") << ends(s);
-  fail(op, "cu_seqlens must rise from 0 to at most the ", p.tokens, " tokens of x, got ", list.str(), "]");
-}
-
-void check_below(const char* name, const Indices& indices, int64_t count, int64_t slots) {
-  int64_t largest = -1;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, indices(i));
-  N3_CHECK(op, largest < slots, name, " must be below the number of slots ", slots, ", got ", largest);
-}
-
-void check_values(const Params& p) {
-  check_ends(p);
-  if (!p.state_indices.data) return;
-  check_below("state_indices", p.state_indices, p.sequences, p.slots);
-  for (int64_t k = 0; k < p.checkpoints; ++k) {
-    const int64_t token = p.checkpoint_tokens(k);
-    N3_CHECK(op, token >= 0 && token < p.tokens, "checkpoint_tokens must be between 0 and ", p.tokens - 1, ", got ",
-             token);
-  }
-  check_below("checkpoint_indices", p.checkpoint_indices, p.checkpoints, p.slots);
-}
 
 // ---- outputs
 
@@ -196,7 +164,7 @@ Tensor forward_slots(const Tensor& x, const Tensor& weight, const OptionalTensor
 }  // namespace
 
 std::vector<Sequence> sequences_of(const Params& p) {
-  check_values(p);
+  mamba::check_prefill_values(op, "x", p);
   std::vector<Sequence> sequences(p.sequences);
   const bool* has_initial = static_cast<const bool*>(p.has_initial.data);
   for (int64_t s = 0; s < p.sequences; ++s) {

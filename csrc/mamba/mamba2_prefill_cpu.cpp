@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <sstream>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -26,33 +25,6 @@ namespace {
 
 using ConvSequence = causal_conv1d::Sequence;
 using ssd_scan::kChunk;
-
-// ---- values of indices
-
-void check_values(const PrefillParams& p) {
-  const causal_conv1d::Params& c = p.conv;
-  const Indices& ends = c.cu_seqlens;
-  if (ends.data) {
-    bool rises = ends(0) == 0 && ends(c.sequences) <= c.tokens;
-    for (int64_t s = 0; s < c.sequences; ++s) rises = rises && ends(s) <= ends(s + 1);
-    std::ostringstream list;
-    for (int64_t s = 0; s <= c.sequences; ++s) list << (s ? ", " : "[") << ends(s);
-    N3_CHECK(prefill_op, rises, "cu_seqlens must rise from 0 to at most the ", c.tokens, " tokens of zxbcdt, got ",
-             list.str(), "]");
-  }
-  const auto check_below = [&](const char* name, const Indices& indices, int64_t count) {
-    int64_t largest = -1;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, indices(i));
-    N3_CHECK(prefill_op, largest < c.slots, name, " must be below the number of slots ", c.slots, ", got ", largest);
-  };
-  check_below("state_indices", c.state_indices, c.sequences);
-  for (int64_t k = 0; k < c.checkpoints; ++k) {
-    const int64_t token = c.checkpoint_tokens(k);
-    N3_CHECK(prefill_op, token >= 0 && token < c.tokens, "checkpoint_tokens must be between 0 and ", c.tokens - 1,
-             ", got ", token);
-  }
-  check_below("checkpoint_indices", c.checkpoint_indices, c.checkpoints);
-}
 
 // Not ConvSequence::initial, which is false where the convolution has no state (one tap).
 bool has_initial(const causal_conv1d::Params& c, int64_t sequence) {
@@ -297,7 +269,7 @@ Tensor prefill(const Tensor& given, const Tensor& conv_weight, const OptionalTen
                                         dt_bias, norm_weight, has_initial, cu_seqlens, checkpoint_tokens,
                                         checkpoint_indices, group_size, eps, norm_before_gate, activation, chunk_size,
                                         dt_softplus, dt_min, dt_max);
-  check_values(p);
+  mamba::check_prefill_values(prefill_op, "zxbcdt", p.conv);
   std::vector<int64_t> shape(zxbcdt.sizes().begin(), zxbcdt.sizes().end());
   shape.back() = p.mixer.inner;
   const Tensor out = torch::stable::new_empty(zxbcdt, shape);

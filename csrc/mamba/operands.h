@@ -1,6 +1,7 @@
 // Checks shared by the mamba operators; the Python twins are n3kernels/mamba/_sequences.py and check_operands in
 // n3kernels/mamba/ssd_scan.py, in the same order and words.
 #pragma once
+#include <algorithm>
 #include <cstdio>
 #include <optional>
 #include <string>
@@ -236,6 +237,33 @@ struct Indices {
 inline Indices indices_of(const OptionalTensor& t) {
   if (!t) return {};
   return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long, {t->stride(0), t->dim() > 1 ? t->stride(1) : 0}};
+}
+
+// The values of a prefill's indices, for the CPU; Params is that of the convolution or of the scan. `name`: the argument
+// whose tokens cu_seqlens counts. The Python twin is check_prefill in n3kernels/mamba/_slots.py.
+template <typename Params>
+void check_prefill_values(const char* op, const char* name, const Params& p) {
+  if (const Indices& ends = p.cu_seqlens; ends.data) {
+    bool rises = ends(0) == 0 && ends(p.sequences) <= p.tokens;
+    for (int64_t s = 0; s < p.sequences; ++s) rises = rises && ends(s) <= ends(s + 1);
+    std::ostringstream list;
+    for (int64_t s = 0; s <= p.sequences && !rises; ++s) list << (s ? ", " : "[") << ends(s);
+    N3_CHECK(op, rises, "cu_seqlens must rise from 0 to at most the ", p.tokens, " tokens of ", name, ", got ",
+             list.str(), "]");
+  }
+  if (!p.state_indices.data) return;
+  const auto check_below = [&](const char* which, const Indices& indices, int64_t count) {
+    int64_t largest = -1;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, indices(i));
+    N3_CHECK(op, largest < p.slots, which, " must be below the number of slots ", p.slots, ", got ", largest);
+  };
+  check_below("state_indices", p.state_indices, p.sequences);
+  for (int64_t k = 0; k < p.checkpoints; ++k) {
+    const int64_t token = p.checkpoint_tokens(k);
+    N3_CHECK(op, token >= 0 && token < p.tokens, "checkpoint_tokens must be between 0 and ", p.tokens - 1, ", got ",
+             token);
+  }
+  check_below("checkpoint_indices", p.checkpoint_indices, p.checkpoints);
 }
 
 }  // namespace n3::mamba

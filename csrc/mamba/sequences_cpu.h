@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <sstream>
 #include <vector>
 
 #include "ssd_scan_kernels.h"
@@ -19,16 +18,8 @@ struct Sequence {
 };
 
 inline std::vector<Sequence> sequences_of(const Params& p) {
+  mamba::check_prefill_values(op, "x", p);
   std::vector<Sequence> found(p.sequences);
-  if (p.cu_seqlens.data) {
-    bool rises = p.cu_seqlens(0) == 0 && p.cu_seqlens(p.sequences) <= p.tokens;
-    for (int64_t s = 0; s < p.sequences; ++s) rises = rises && p.cu_seqlens(s) <= p.cu_seqlens(s + 1);
-    if (!rises) {
-      std::ostringstream ends;
-      for (int64_t s = 0; s <= p.sequences; ++s) ends << (s ? ", " : "[") << p.cu_seqlens(s);
-      fail(op, "cu_seqlens must rise from 0 to at most the ", p.tokens, " tokens of x, got ", ends.str(), "]");
-    }
-  }
   for (int64_t s = 0; s < p.sequences; ++s) {
     const int64_t first = p.cu_seqlens.data ? p.cu_seqlens(s) : 0;
     const int64_t length = p.cu_seqlens.data ? p.cu_seqlens(s + 1) - first : p.length;

@@ -35,21 +35,8 @@ namespace {
 
 // ---- sequences
 
-void check_below(const char* name, const Indices& indices, int64_t count, int64_t slots) {
-  int64_t largest = -1;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, indices(i));
-  N3_CHECK(op, largest < slots, name, " must be below the number of slots ", slots, ", got ", largest);
-}
-
 // Gives each checkpoint to the sequence that has its token; one behind the last sequence is not written.
 void add_checkpoints(const Params& p, std::vector<Sequence>& sequences) {
-  check_below("state_indices", p.state_indices, p.sequences, p.slots);
-  for (int64_t k = 0; k < p.checkpoints; ++k) {
-    const int64_t token = p.checkpoint_tokens(k);
-    N3_CHECK(op, token >= 0 && token < p.tokens, "checkpoint_tokens must be between 0 and ", p.tokens - 1, ", got ",
-             token);
-  }
-  check_below("checkpoint_indices", p.checkpoint_indices, p.checkpoints, p.slots);
   for (int64_t k = 0; k < p.checkpoints; ++k) {
     const int64_t token = p.checkpoint_tokens(k), slot = p.checkpoint_indices(k);
     const auto begin = [&](const Sequence& s) { return p.cu_seqlens.data ? s.first : s.number * p.length; };

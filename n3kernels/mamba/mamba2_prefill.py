@@ -164,7 +164,6 @@ def fake(zxbcdt, conv_weight, conv_bias, conv_state, ssm_state, *args, **kwargs)
     return zxbcdt.new_empty(*zxbcdt.shape[:-1], ssm_state.shape[1] * ssm_state.shape[2])
 
 
-_LATER = "arrives with the mamba family"
 _dispatch.register(
     "mamba2_prefill",
     check=_check,

@@ -262,7 +262,6 @@ def _backward(ctx, grad_y, grad_final_states):
     return (*(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None)
 
 
-_LATER = "arrives with the mamba family"
 _dispatch.register(
     "ssd_scan",
     check=_check,
@@ -288,5 +287,5 @@ _dispatch.register(
     reference=_reference_bwd,
     triton="n3kernels.triton_ops.mamba.ssd_scan_bwd:ssd_scan_bwd",
     supports={"cpu": not_float64, "triton": not_float64},
-    missing={"cuda": _LATER},
+    missing={"cuda": "gradients have a Triton kernel"},
 )
