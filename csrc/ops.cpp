@@ -97,6 +97,9 @@ STABLE_TORCH_LIBRARY(n3, m) {
       "int topk_group=1, str score='sigmoid', bool normalize=True, float scale=1.0) "
       "-> (Tensor ids, Tensor weights, Tensor counts, Tensor flags)");
   m.def(
+      "moe_route_bwd(Tensor grad_weights, Tensor logits, Tensor ids, *, str score='sigmoid', bool normalize=True, "
+      "float scale=1.0) -> Tensor");
+  m.def(
       "moe_sort(Tensor ids, int num_experts, int first_expert=0) "
       "-> (Tensor order, Tensor offsets, Tensor active, Tensor num_active)");
   m.def(
@@ -107,12 +110,23 @@ STABLE_TORCH_LIBRARY(n3, m) {
       "moe_experts_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, "
       "str activation, int first_expert) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "grouped_linear(Tensor x, Tensor w, Tensor offsets, Tensor? gather=None, Tensor? row_scale=None, "
+      "Tensor? block_scale=None, Tensor? global_scale=None, *, str? activation=None) -> Tensor");
+  m.def(
+      "grouped_linear_bwd(Tensor grad_y, Tensor x, Tensor w, Tensor offsets, Tensor? gather, Tensor? row_scale, "
+      "str? activation) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "latent_moe(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor w_up, Tensor w_down, "
-      "Tensor shared_up, Tensor shared_down, Tensor? fc1=None, Tensor? fc2=None, "
+      "Tensor shared_up, Tensor shared_down, Tensor? fc1=None, Tensor? fc2=None, Tensor? latent_norm=None, "
       "Tensor? up_scale=None, Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, "
       "Tensor? shared_up_scale=None, Tensor? shared_up_global=None, Tensor? shared_down_scale=None, "
       "Tensor? shared_down_global=None, *, int top_k, int n_group=1, int topk_group=1, bool normalize=True, "
-      "float scale=1.0, str activation='relu2') -> Tensor");
+      "float scale=1.0, str activation='relu2', float norm_eps=1e-5) -> Tensor");
+  m.def(
+      "latent_moe_front(Tensor x, Tensor router_weight, Tensor? fc1, Tensor shared_up, *, str activation='relu2') "
+      "-> (Tensor logits, Tensor z, Tensor shared)");
+  m.def(
+      "latent_moe_tail(Tensor y, Tensor? fc2, Tensor shared, Tensor shared_down, Tensor? residual=None) -> Tensor");
 
   // ---- mtp: sampling, draft verification, thinking budget
   m.def(

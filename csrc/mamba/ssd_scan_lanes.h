@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "ssd_scan_kernels.h"
-#include "tiles.h"
+#include "../common/tiles.h"
 
 namespace n3::ssd_scan {
 namespace {

@@ -4,7 +4,6 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <span>
 #include <vector>
@@ -13,13 +12,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/cpu.h"
+#include "../common/threads.h"
 #include "../nvfp4/linear_engine.h"
 
 namespace {
 
 namespace linear = n3::nvfp4_linear;
-using linear::buffer;
-using linear::Buffer;
+using n3::buffer;
+using n3::Buffer;
+using n3::for_items;
 using n3::moe_experts::Activation;
 using n3::moe_experts::op;
 using n3::moe_experts::OptionalTensor;
@@ -30,17 +31,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRowFloats = int64_t(1) << 25;  // most floats of slot outputs kept at a time: 128 MiB
 constexpr int64_t kGroupSlots = 1024;             // slots whose inputs and intermediates are kept at a time, about
-constexpr int64_t kThreadWork = 1 << 19;          // multiply-adds below which another thread costs more than it saves
 constexpr int64_t kCopyWork = 8;                  // multiply-adds in the time of converting or adding one float
-
-// Calls body(take) in some threads; take() returns the next item, or `items` and more when there is none left. What an
-// item costs depends on its expert's tokens, so items are not dealt out beforehand. `work`: multiply-adds in all.
-template <typename Body>
-void for_items(int64_t items, int64_t work, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, items * kThreadWork / std::max<int64_t>(work, 1));
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, items, grain, [&](int64_t, int64_t) { body([&] { return next++; }); });
-}
 
 // ---- sorting
 

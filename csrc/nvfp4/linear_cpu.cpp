@@ -14,7 +14,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace linear = n3::nvfp4_linear;
-using linear::buffer;
+using n3::buffer;
 
 // x as float, tile after tile in the order of the kernel.
 template <typename T>

@@ -1,28 +1,12 @@
-// The CPU product with NVFP4 weights as other operators use it: the kernels of this CPU, the decoding table that goes
-// with a global scale, memory for both.
+// The CPU product with NVFP4 weights as other operators use it: the kernels of this CPU, and the decoding table that
+// goes with a global scale.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "../common/buffer.h"
 #include "linear_kernels.h"
 
 namespace n3::nvfp4_linear {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <typename T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <typename T>
-Buffer<T> buffer(int64_t bytes) {
-  Buffer<T> memory(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
 
 const Kernels& kernels();  // of the instruction set that cpu_isa() names
 

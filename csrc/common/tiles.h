@@ -25,7 +25,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../common/lanes.h"
+#include "lanes.h"
 
 namespace n3 {
 namespace {
@@ -117,28 +117,19 @@ struct Tile {
   template <typename A>
   N3_LANE_FN void add_lower(A a, const float* b, int64_t ldb, int64_t first) {
     add(a, b, ldb, 0, first);
-    add_corner<true>(a, b, ldb, first, first + kTileRows);
-  }
-
-  // A upper triangular: terms row <= k < end; elements below the diagonal are not read.
-  template <typename A>
-  N3_LANE_FN void add_upper(A a, const float* b, int64_t ldb, int64_t first, int64_t end) {
-    add_corner<false>(a, b, ldb, first, end);
-    add(a, b, ldb, first + kTileRows, end);
+    add_corner(a, b, ldb, first);
   }
 
  private:
-  // The kTileRows x kTileRows block on the diagonal, of its columns those before `end`.
-  template <bool kLower, typename A>
-  N3_LANE_FN void add_corner(A a, const float* b, int64_t ldb, int64_t first, int64_t end) {
+  // The kTileRows x kTileRows block on the diagonal.
+  template <typename A>
+  N3_LANE_FN void add_corner(A a, const float* b, int64_t ldb, int64_t first) {
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      if (!kLower && first + i >= end) break;
       F32 bk[V];
       for (int c = 0; c < V; ++c) bk[c] = n3::load(b + (first + i) * ldb + c * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) {
-        if (kLower ? r < i : r > i) continue;
+      for (int r = i; r < kTileRows; ++r) {
         const F32 ak = splat(a.at(r, first + i));
         for (int c = 0; c < V; ++c) v[r][c] = fma(ak, bk[c], v[r][c]);
       }
