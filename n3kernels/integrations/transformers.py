@@ -1,4 +1,4 @@
-"""The Mamba-2 layers of transformers on n3 operators: one line, and the numbers stay.
+"""The Mamba-2 and expert layers of transformers on n3 operators: one line, and the numbers stay.
 
 >>> from n3kernels.integrations import transformers as n3
 >>> n3.enable("nemotron_h")
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..mamba import compat
 from ..mamba.gated_norm import gated_rms_norm
+from . import transformers_moe as moe
 
 __all__ = ["ARCHITECTURES", "disable", "enable"]
 
@@ -33,10 +34,13 @@ _replaced: dict[str, list[tuple[Any, str, Any]]] = {}  # architecture -> (holder
 
 
 def enable(model: str | object | None = None) -> list[str]:
-    """Runs convolution, scan, state update and gated norm of transformers' Mamba-2 mixers on n3 operators.
+    """Runs transformers' hybrid models on n3 operators: convolution, scan, state update and gated norm of their
+    Mamba-2 mixers, and the routers and experts of those that have them.
 
     It holds for every model of an architecture in this process, loaded before or after, in training and generation,
-    with and without cache. Parameters, caches and outputs keep their places, dtypes and names.
+    with and without cache. Parameters, caches and outputs keep their places, dtypes and names. Besides, the experts
+    implementation ``"n3"`` becomes known to transformers: ``model.set_experts_implementation("n3")`` gives it to any
+    other mixture of experts.
 
     Args:
         model: a model, its class, or the name of an architecture (a key of ``ARCHITECTURES``); None: all of them.
@@ -50,6 +54,7 @@ def enable(model: str | object | None = None) -> list[str]:
     >>> disable()
     """
     wanted = [*ARCHITECTURES] if model is None else [_architecture(model)]
+    moe.register()
     new = [name for name in wanted if name not in _replaced]
     for name in new:
         _replaced[name] = _replace(name, importlib.import_module(f"transformers.models.{name}.modeling_{name}"))
@@ -79,6 +84,10 @@ def _replace(name: str, module: ModuleType) -> list[tuple[Any, str, Any]]:
     norm = getattr(module, ARCHITECTURES[name])
     changes = [(module, attribute, function) for attribute, function in _FUNCTIONS.items()]
     changes.append((norm, "forward", _gated_norm))
+    if name in moe.EXPERTS:
+        router, forward = moe.ROUTERS[name]
+        changes.append((getattr(module, router), "forward", forward))
+        changes.append((getattr(module, moe.EXPERTS[name]), "forward", moe.experts_forward))
     missing = [attribute for holder, attribute, _ in changes if not hasattr(holder, attribute)]
     if missing:
         raise ImportError(f"transformers >= 5.17 is needed: {module.__name__} has no {', '.join(missing)}")

@@ -20,6 +20,12 @@ CONFIGS = {
         "ssm_state_size": 16, "chunk_size": 16, "hybrid_override_pattern": "ME*-M", "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2,
     }),
+    "nemotron_h, latent experts in groups": ("NemotronH", {
+        **SHARED, "head_dim": 8, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16,
+        "chunk_size": 16, "hybrid_override_pattern": "ME*E", "moe_intermediate_size": 24, "moe_latent_size": 16,
+        "moe_shared_expert_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 5, "n_group": 4,
+        "topk_group": 2, "routed_scaling_factor": 2.5,
+    }),
     "mamba2": ("Mamba2", {
         "vocab_size": 97, "hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2,
         "num_hidden_layers": 2, "expand": 2, "chunk_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -95,10 +101,15 @@ def on_n3(run, *ops):
     return result
 
 
+def experts_of(model, *ops: str) -> tuple[str, ...]:
+    return ops if getattr(model.config, "num_experts_per_tok", 0) and model.config.model_type != "mamba2" else ()
+
+
 def test_logits(model):
     inputs = {"input_ids": ids()}
     plain = logits(model, **inputs)
-    assert error(on_n3(lambda: logits(model, **inputs), "causal_conv1d", "ssd_scan"), plain) < 1e-4
+    ops = "causal_conv1d", "ssd_scan", *experts_of(model, "moe_route", "moe_experts")
+    assert error(on_n3(lambda: logits(model, **inputs), *ops), plain) < 1e-4
     assert torch.equal(logits(model, **inputs), plain), "disable() did not restore"
 
 
@@ -126,7 +137,7 @@ def test_gradients(model):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    ours = on_n3(gradients, "ssd_scan_bwd", "causal_conv1d_bwd")
+    ours = on_n3(gradients, "ssd_scan_bwd", "causal_conv1d_bwd", *experts_of(model, "moe_experts_bwd"))
     assert plain.keys() == ours.keys()
     for name, gradient in plain.items():
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
