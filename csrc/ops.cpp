@@ -139,8 +139,27 @@ STABLE_TORCH_LIBRARY(n3, m) {
       "str mode='greedy', int max_drafts, Tensor? slot=None, Tensor? temperature=None, Tensor? top_k=None, "
       "Tensor? top_p=None, Tensor? min_p=None, Tensor? bitmask=None, Tensor? bitmask_row=None, "
       "Tensor? forced_token=None, Tensor? bias_ids=None, Tensor? bias_val=None, Tensor? bias_cu=None, "
-      "Tensor? eos_ids=None) "
+      "Tensor? eos_ids=None, Tensor? draft_ids=None, Tensor? draft_probs=None, Tensor? draft_logits=None, "
+      "Tensor? draft_temperature=None, Tensor? draft_vocab=None, bool allow_lossy=False, int relaxed_top_k=1, "
+      "float relaxed_delta=0.0, float typical_epsilon=0.3, float typical_delta=0.09, Tensor? uniforms=None) "
       "-> (Tensor tokens, Tensor num_emitted, Tensor last_row, Tensor logprobs, Tensor flags)");
+  m.def(
+      "mtp_verify_tree(Tensor logits, Tensor node_tokens, Tensor parents, Tensor cu_rows, Tensor seed, Tensor pos, *, "
+      "str mode='greedy', int max_depth, Tensor? slot=None, Tensor? temperature=None, Tensor? top_k=None, "
+      "Tensor? top_p=None, Tensor? min_p=None, Tensor? bitmask=None, Tensor? bitmask_row=None, "
+      "Tensor? forced_token=None, Tensor? bias_ids=None, Tensor? bias_val=None, Tensor? bias_cu=None, "
+      "Tensor? eos_ids=None, Tensor? draft_ids=None, Tensor? draft_probs=None, Tensor? draft_vocab=None, "
+      "Tensor? uniforms=None) "
+      "-> (Tensor tokens, Tensor num_emitted, Tensor rows, Tensor logprobs, Tensor flags)");
+  m.def(
+      "mtp_draft_sample(Tensor logits, Tensor seed, Tensor pos, *, int max_ids, Tensor? slot=None, "
+      "Tensor? temperature=None, Tensor? draft_vocab=None) -> (Tensor tokens, Tensor ids, Tensor probs)");
+  m.def(
+      "mtp_commit(Tensor tokens, Tensor num_emitted, Tensor cu_rows, Tensor(a!) seq_len, *, Tensor? slot=None, "
+      "Tensor? eos_ids=None, Tensor? max_len=None, Tensor(b!)? finished=None, Tensor(c!)? histogram=None, "
+      "Tensor(d!)? ring_pos=None, int ring_size=0, int ring_tokens=0) "
+      "-> (Tensor num_accepted, Tensor last_token, Tensor last_row, Tensor kv_start, Tensor kv_free, "
+      "Tensor flat_tokens, Tensor cu_emitted)");
   m.def(
       "thinking_budget(Tensor draft_tokens, Tensor cu_rows, Tensor committed_tail, Tensor num_output, "
       "Tensor active, Tensor budget, Tensor grace, Tensor end_ids, Tensor end_think_ids, "

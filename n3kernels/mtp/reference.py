@@ -18,11 +18,13 @@ from .. import _philox
 __all__ = [
     "FLAG_EMPTY_MASK",
     "FLAG_NAN",
+    "FLAG_NOT_DRAWN",
     "FLAG_NO_SUPPORT",
     "FLAG_OUT_OF_RANGE",
     "MIN_TEMPERATURE",
     "TILE",
-    "mtp_verify",
+    "Rows",
+    "inverse_cdf",
     "sample",
     "target_logprobs",
     "thinking_budget",
@@ -35,6 +37,7 @@ FLAG_NAN = 1  # an allowed logit is NaN; it counts as -inf
 FLAG_EMPTY_MASK = 2  # the row's bitmask allows no token; it is ignored
 FLAG_NO_SUPPORT = 4  # every allowed logit is -inf; the lowest allowed token is emitted
 FLAG_OUT_OF_RANGE = 8  # a slot, bitmask row, forced token or draft lies past its range; it is ignored
+FLAG_NOT_DRAWN = 16  # a draft of probability 0 under its own draft distribution; it is rejected
 
 
 # ---------------------------------------------------------------- one row
@@ -51,7 +54,7 @@ class _Params:
     min_p: float
 
 
-class _Rows:
+class Rows:
     """The rows of one call with their edits, and the parameters of every slot, on the host."""
 
     def __init__(
@@ -88,6 +91,18 @@ class _Rows:
         log_p = _log_probs(x, params)
         token = _draw(log_p, params.seed, pos)
         return token, float(log_p[token]), flags
+
+    def law(self, r: int, slot: int) -> tuple[Tensor, int]:
+        """float64 ``[V]``: the log-probabilities of row ``r``, and its flags."""
+        x, _, flags = self.edit(r)
+        params = self.params[slot]
+        forced = 0 <= self.forced[r] < self.vocab
+        if not (forced or flags & FLAG_NO_SUPPORT or is_greedy(params.temperature)):
+            return _log_probs(x, params), flags | FLAG_OUT_OF_RANGE * (self.forced[r] >= self.vocab)
+        log_p = torch.full((self.vocab,), -math.inf, dtype=torch.float64, device=x.device)
+        token, _, flags = self.emit(r, slot, 0)
+        log_p[token] = 0.0
+        return log_p, flags
 
     def edit(self, r: int) -> tuple[Tensor, Tensor | None, int]:
         """Row ``r`` with bias and mask applied and NaN replaced by -inf; the allowed tokens, None for all; flags."""
@@ -161,6 +176,23 @@ def _draw(log_p: Tensor, seed: int, pos: int) -> int:
     return int(ids[(log_p[ids] + _philox.gumbel(seed, pos, _philox.TARGET, ids)).argmax()])
 
 
+def inverse_cdf(weights: Tensor, u: float) -> int:
+    """The token at which the running sum of ``weights`` (float64 ``[V]``) passes ``u`` times their total: first among
+    the tiles, then inside one; where rounding leaves none, the last with a weight."""
+    tiles = torch.nn.functional.pad(weights, (0, -len(weights) % TILE)).unflatten(0, (-1, TILE))
+    ends = tiles.sum(1).cumsum(0)
+    wanted = u * ends[-1]
+    tile = _first(ends > wanted, else_last=tiles.sum(1) > 0)
+    before = ends[tile - 1] if tile else 0.0
+    weighs = tiles[tile] > 0
+    return tile * TILE + _first(weighs & (before + tiles[tile].cumsum(0) > wanted), else_last=weighs)
+
+
+def _first(hits: Tensor, else_last: Tensor) -> int:
+    found = hits.nonzero()
+    return int(found[0]) if len(found) else int(else_last.nonzero()[-1])
+
+
 # ---------------------------------------------------------------- operators
 
 
@@ -170,7 +202,7 @@ def sample(
     bitmask: Tensor | None = None, bitmask_row: Tensor | None = None, forced_token: Tensor | None = None,
     bias_ids: Tensor | None = None, bias_val: Tensor | None = None, bias_cu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = _Rows(
+    rows = Rows(
         logits, seed, temperature, top_k, top_p, min_p, bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu
     )
     n = logits.shape[0]
@@ -196,52 +228,11 @@ def target_logprobs(
     """float64 ``[N, V]``: the log-probabilities from which `sample` draws row by row, slot = row."""
     n, vocab = logits.shape
     seed = torch.zeros(n, dtype=torch.int64)
-    rows = _Rows(
+    rows = Rows(
         logits, seed, temperature, top_k, top_p, min_p, bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu
     )
-    out = logits.new_full((n, vocab), -math.inf, dtype=torch.float64)
-    for r in range(n):
-        x, _, flags = rows.edit(r)
-        one_hot = 0 <= rows.forced[r] < vocab or flags & FLAG_NO_SUPPORT or is_greedy(rows.params[r].temperature)
-        if one_hot:
-            out[r, rows.emit(r, r, 0)[0]] = 0.0
-        else:
-            out[r] = _log_probs(x, rows.params[r])
-    return out
-
-
-def mtp_verify(
-    logits: Tensor, draft_tokens: Tensor, cu_rows: Tensor, seed: Tensor, pos: Tensor, *, mode: str = "greedy",
-    max_drafts: int, slot: Tensor | None = None, temperature: Tensor | None = None, top_k: Tensor | None = None,
-    top_p: Tensor | None = None, min_p: Tensor | None = None, bitmask: Tensor | None = None,
-    bitmask_row: Tensor | None = None, forced_token: Tensor | None = None, bias_ids: Tensor | None = None,
-    bias_val: Tensor | None = None, bias_cu: Tensor | None = None, eos_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = _Rows(
-        logits, seed, temperature, top_k, top_p, min_p, bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu
-    )
-    n, vocab = logits.shape
-    b, width = cu_rows.shape[0] - 1, max_drafts + 1
-    tokens, logprobs = torch.full((b, width), -1, dtype=torch.int32), torch.zeros(b, width)
-    num_emitted, last_row, flags = (torch.full((b,), v, dtype=torch.int32) for v in (0, -1, 0))
-    cu, drafts = cu_rows.tolist(), draft_tokens.tolist()
-    slots = list(range(b)) if slot is None else slot.tolist()
-    eos = set() if eos_ids is None else set(eos_ids.tolist())
-    for i, first_pos in enumerate(pos.tolist()):
-        first, end = (min(max(c, 0), n) for c in cu[i : i + 2])
-        if slots[i] >= len(rows.params):
-            flags[i] = FLAG_OUT_OF_RANGE
-            continue
-        if slots[i] < 0:
-            continue
-        for j in range(min(end - first, width)):
-            r = first + j
-            token, logprobs[i, j], f = rows.emit(r, slots[i], first_pos + j, greedy=mode == "greedy")
-            tokens[i, j], num_emitted[i], last_row[i] = token, j + 1, r
-            flags[i] |= f | (FLAG_OUT_OF_RANGE if drafts[r] >= vocab else 0)
-            if drafts[r] != token or token in eos:
-                break
-    return tuple(t.to(logits.device) for t in (tokens, num_emitted, last_row, logprobs, flags))
+    laws = [rows.law(r, r)[0] for r in range(n)]
+    return torch.stack(laws) if laws else logits.new_empty((0, vocab), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------- thinking budget
