@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["EXPERTS", "GEMMS", "MIXERS", "TOKENS", "Experts", "Gemm", "Mixer"]
+__all__ = ["EXPERTS", "GEMMS", "LAYERS", "MIXERS", "TOKENS", "Experts", "Gemm", "Layer", "Mixer"]
 
 
 class Gemm(NamedTuple):
@@ -42,13 +42,34 @@ class Experts(NamedTuple):
     inner: int
 
 
-# Source: config.json of the three models; demo is the model of `n3kernels demo`.
+# Source: config.json of the three models; demo is the model of `n3kernels demo`, latent-small a layer of Super's kind
+# with 128 experts that fits a laptop.
 EXPERTS = {
     "demo": Experts(6, 64, 128),
+    "latent-small": Experts(22, 256, 672),
     "nano": Experts(6, 2688, 1856),
     "super": Experts(22, 1024, 2688),
     "ultra": Experts(22, 2048, 5120),
 }
+
+class Layer(NamedTuple):
+    experts: int
+    top_k: int
+    hidden: int
+    latent: int | None  # None: the experts work on the hidden width
+    inner: int
+    shared: int
+    scale: float
+
+
+# Source: config.json of the models; latent-small has Super's proportions in a layer that fits a laptop.
+LAYERS = {
+    "demo": Layer(32, 6, 192, 64, 128, 384, 2.5),
+    "latent-small": Layer(128, 22, 1024, 256, 672, 1344, 5.0),
+    "nano": Layer(128, 6, 2688, None, 1856, 3712, 2.5),
+    "super": Layer(512, 22, 4096, 1024, 2688, 5376, 5.0),
+}
+
 
 class Mixer(NamedTuple):
     heads: int

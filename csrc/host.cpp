@@ -2,6 +2,7 @@
 // tests and tools. Nothing that computes imports it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "common/cpu.h"
 #include "common/numerics.h"
@@ -11,6 +12,7 @@
 #include "mamba/mamba2_decode_plan.h"
 #include "mamba/ssd_scan_plan.h"
 #include "mamba/ssm_update_plan.h"
+#include "moe/experts_plan.h"
 #include "nvfp4/linear_plan.h"
 #include "nvfp4/quantize_plan.h"
 
@@ -131,4 +133,36 @@ PYBIND11_MODULE(_host, m) {
   m.def("ssd_scan_end_factor",
         py::vectorize([](float a_j, float end, float dt) { return scan::end_factor(a_j, end, dt); }));
   m.def("ssd_scan_first_column", [](int block) { return scan::first_column(block); });
+
+  // moe_experts on sm_90: (width and tokens of the template, blocks, blocks of the sum, rows, shared memory, stages);
+  // the ranges of the inner size in chunks; (expert, first slot, slots, first range, range behind the last) of items.
+  namespace experts = n3::moe_experts::sm90;
+  m.def("moe_experts_plan", [](int64_t t, int64_t k, int64_t e, int64_t width, int64_t inner, int64_t sms) {
+    const experts::Plan p = experts::plan(t, k, e, width, inner, sms);
+    const auto width_of = [](auto* type) { return std::remove_pointer_t<decltype(type)>::kWidth; };
+    const int wide = experts::with_tile(p.kernel, width_of);
+    return py::make_tuple(wide, p.tokens, p.blocks, p.combine_blocks, p.rows, p.shared, p.stages);
+  });
+  m.def("moe_experts_ranges", [](int64_t width, int64_t inner) {
+    py::list ranges;
+    const int32_t chunks = experts::chunks_of(inner), count = experts::ranges_of(width, inner);
+    for (int32_t r = 0; r < count; ++r) {
+      const experts::Range range = experts::range_at(chunks, count, r);
+      ranges.append(py::make_tuple(range.begin, range.end));
+    }
+    return ranges;
+  });
+  m.def("moe_experts_items",
+        [](const std::vector<int32_t>& offsets, int64_t t, int64_t k, int64_t width, int64_t inner) {
+          const int32_t e = int32_t(offsets.size()) - 1;
+          const experts::Plan p = experts::plan(t, k, e, width, inner, 132);
+          std::vector<int32_t> before(e + 1);
+          for (int32_t i = 0; i < e; ++i) before[i + 1] = before[i] + experts::tiles_of(offsets.data(), i, p.tokens);
+          py::list items;
+          for (int32_t i = 0; i < experts::items_of(p.work, before.data()); ++i) {
+            const experts::Item item = experts::item_at(p.work, before.data(), offsets.data(), i, p.tokens);
+            items.append(py::make_tuple(item.expert, item.first, item.count, item.first_range, item.last_range));
+          }
+          return items;
+        });
 }

@@ -220,13 +220,22 @@ def _(r: _Random) -> Call:
     return (r.normal(5, 8), 0.1 * r.normal(8)), {"top_k": 2, "n_group": 4, "topk_group": 2, "scale": 2.5}
 
 
+@_of("moe_route_bwd")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 2), r.normal(5, 8), _expert_ids(r)), {"scale": 2.5}
+
+
 @_of("moe_sort")
 def _(r: _Random) -> Call:
     return (r.integers(8, 5, 2) - 1, 4, 2), {}
 
 
+def _expert_ids(r: _Random) -> Tensor:
+    return torch.stack([torch.randperm(8, generator=r.generator)[:2] for _ in range(5)]).int()
+
+
 def _experts(r: _Random) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids = torch.stack([torch.randperm(8, generator=r.generator)[:2] for _ in range(5)]).int()
+    ids = _expert_ids(r)
     return r.normal(5, 32), r.weight(8, 48, 32), r.weight(8, 32, 48), ids, r.normal(5, 2).abs()
 
 
@@ -243,11 +252,38 @@ def _(r: _Random) -> Call:
     return (r.normal(5, 32), *_experts(r), "relu2", 0), {}
 
 
+def _groups(r: _Random) -> dict[str, Tensor]:
+    """Offsets, gather and row_scale of 9 rows, the first and the last in no group, one of no token."""
+    return {"offsets": _ints(1, 4, 4, 8), "gather": _ints(0, 2, -1, 4, 4, 0, 1, 3, 2), "row_scale": r.normal(9)}
+
+
+@_of("grouped_linear")
+def _(r: _Random) -> Call:
+    x, (w, block_scale, global_scale), groups = r.normal(5, 32), r.nvfp4(3, 24, 32), _groups(r)
+    scales = {"block_scale": block_scale, "global_scale": global_scale}
+    return (x, w), {**groups, **scales, "activation": "silu"}
+
+
+@_of("grouped_linear_bwd")
+def _(r: _Random) -> Call:
+    return (r.normal(9, 24), r.normal(5, 32), r.weight(3, 24, 32), *_groups(r).values(), "relu2"), {}
+
+
 @_of("latent_moe")
 def _(r: _Random) -> Call:
     routed = (r.weight(8, 64), 0.1 * r.normal(8), r.weight(8, 48, 32), r.weight(8, 32, 48))
     full = (r.weight(80, 64), r.weight(64, 80), r.weight(32, 64), r.weight(64, 32))
     return (r.normal(5, 64), *routed, *full), {"top_k": 2}
+
+
+@_of("latent_moe_front")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 64), r.weight(8, 64), r.weight(32, 64), r.weight(80, 64)), {}
+
+
+@_of("latent_moe_tail")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 32), r.weight(64, 32), r.normal(5, 80), r.weight(64, 80), r.normal(5, 64)), {}
 
 
 # ---------------------------------------------------------------- mtp: 40 tokens of vocabulary
@@ -268,6 +304,28 @@ def _(r: _Random) -> Call:
     drafts[[2, 4]] = -1
     args = (logits, drafts, _ints(0, 3, 5), torch.tensor([7, 8]), torch.tensor([5, 6]))
     return args, {"max_drafts": 2, "temperature": torch.tensor([0.0, 0.8]), "mode": "coupled"}
+
+
+@_of("mtp_verify_tree")
+def _(r: _Random) -> Call:
+    logits = r.normal(6, 40)
+    nodes = _ints(0, int(logits[0].argmax()), 5, int(logits[1].argmax()), 0, 7)  # a path of two, and two siblings
+    args = (logits, nodes, _ints(-1, 0, 0, 1, -1, 0), _ints(0, 4, 6), torch.tensor([7, 8]), torch.tensor([5, 6]))
+    return args, {"max_depth": 2, "temperature": torch.tensor([0.0, 0.8]), "mode": "token"}
+
+
+@_of("mtp_draft_sample")
+def _(r: _Random) -> Call:
+    args = (r.normal(3, 40), torch.tensor([7, 8, 9]), torch.tensor([5, 6, 7]))
+    return args, {"max_ids": 4, "temperature": torch.tensor([0.0, 0.7, 1.3])}
+
+
+@_of("mtp_commit")
+def _(r: _Random) -> Call:
+    args = (_ints([4, 5, 6], [7, -1, -1]), _ints(3, 1), _ints(0, 3, 6), _ints(10, 20, 30))
+    state = {"finished": _ints(0, 0, 0), "histogram": torch.zeros(4, dtype=torch.int64)}
+    rings = {"ring_pos": _ints([0, 1], [2, 3], [1, 4]), "ring_size": 6, "ring_tokens": 3}
+    return args, {"slot": _ints(2, 0), "eos_ids": _ints(6), "max_len": _ints(40, 40, 40), **state, **rings}
 
 
 @_of("thinking_budget")

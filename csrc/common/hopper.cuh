@@ -93,14 +93,16 @@ N3_DEVICE void wait(Barrier* barrier, uint32_t parity) {
 #endif
 }
 
-// A barrier of the 128 threads of a warpgroup; `id` 1..15 is its own.
-N3_DEVICE void sync_warpgroup(int id) {
+// A barrier of kThreads threads, whole warps; `id` 1..15 is its own.
+template <int kThreads>
+N3_DEVICE void sync_threads(int id) {
 #if defined(__CUDACC__)
-  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 #else
-  ::emulator::sync_named(id, 128);
+  ::emulator::sync_named(id, kThreads);
 #endif
 }
+N3_DEVICE void sync_warpgroup(int id) { sync_threads<128>(id); }
 
 N3_DEVICE void fence_async() {
 #if defined(__CUDACC__)
@@ -212,6 +214,27 @@ template <typename T, int kN>
 struct Product;
 
 #if defined(__CUDACC__)
+#define N3_OUT8(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define N3_LIST8 "{%0, %1, %2, %3}, "
+#define N3_SHARED8 "%4, %5, p, 1, 1, %7, %8;\n}"
+#define N3_SHARED_FLAG8 "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+#define N3_REGISTERS8 "{%4, %5, %6, %7}, %8, p, 1, 1, %10;\n}"
+#define N3_REGISTERS_FLAG8 "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+#define N3_OUT16(d) \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define N3_LIST16 "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+#define N3_SHARED16 "%8, %9, p, 1, 1, %11, %12;\n}"
+#define N3_SHARED_FLAG16 "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+#define N3_REGISTERS16 "{%8, %9, %10, %11}, %12, p, 1, 1, %14;\n}"
+#define N3_REGISTERS_FLAG16 "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+#define N3_OUT32(d) \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+  "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define N3_LIST32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+#define N3_SHARED32 "%16, %17, p, 1, 1, %19, %20;\n}"
+#define N3_SHARED_FLAG32 "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+#define N3_REGISTERS32 "{%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}"
+#define N3_REGISTERS_FLAG32 "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
 #define N3_OUT64(d) \
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
   "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
@@ -237,6 +260,24 @@ struct Product;
 #define N3_SHARED_FLAG80 "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
 #define N3_REGISTERS80 "{%40, %41, %42, %43}, %44, p, 1, 1, %46;\n}"
 #define N3_REGISTERS_FLAG80 "{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"
+#define N3_OUT128(d) \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+  "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), \
+  "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), \
+  "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), \
+  "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), \
+  "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), \
+  "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), \
+  "+f"(d[63])
+#define N3_LIST128 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+  "%60, %61, %62, %63}, "
+#define N3_SHARED128 "%64, %65, p, 1, 1, %67, %68;\n}"
+#define N3_SHARED_FLAG128 "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+#define N3_REGISTERS128 "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+#define N3_REGISTERS_FLAG128 "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
 
 #define N3_PRODUCT(T, type, n)                                                                                       \
   template <>                                                                                                        \
@@ -256,11 +297,34 @@ struct Product;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));        \
     }                                                                                                                \
   };
+N3_PRODUCT(BF16, bf16, 8)
+N3_PRODUCT(BF16, bf16, 16)
+N3_PRODUCT(BF16, bf16, 32)
 N3_PRODUCT(BF16, bf16, 64)
 N3_PRODUCT(BF16, bf16, 80)
+N3_PRODUCT(BF16, bf16, 128)
 N3_PRODUCT(F16, f16, 64)
 N3_PRODUCT(F16, f16, 80)
+N3_PRODUCT(F16, f16, 128)
 #undef N3_PRODUCT
+#undef N3_OUT8
+#undef N3_LIST8
+#undef N3_SHARED8
+#undef N3_SHARED_FLAG8
+#undef N3_REGISTERS8
+#undef N3_REGISTERS_FLAG8
+#undef N3_OUT16
+#undef N3_LIST16
+#undef N3_SHARED16
+#undef N3_SHARED_FLAG16
+#undef N3_REGISTERS16
+#undef N3_REGISTERS_FLAG16
+#undef N3_OUT32
+#undef N3_LIST32
+#undef N3_SHARED32
+#undef N3_SHARED_FLAG32
+#undef N3_REGISTERS32
+#undef N3_REGISTERS_FLAG32
 #undef N3_OUT64
 #undef N3_LIST64
 #undef N3_SHARED64
@@ -273,6 +337,12 @@ N3_PRODUCT(F16, f16, 80)
 #undef N3_SHARED_FLAG80
 #undef N3_REGISTERS80
 #undef N3_REGISTERS_FLAG80
+#undef N3_OUT128
+#undef N3_LIST128
+#undef N3_SHARED128
+#undef N3_SHARED_FLAG128
+#undef N3_REGISTERS128
+#undef N3_REGISTERS_FLAG128
 #else
 template <typename T, int kN>
 struct Product {

@@ -4,10 +4,9 @@
 #include <type_traits>
 #include <vector>
 
-#include <cudaTypedefs.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../common/cuda.h"
+#include "../common/tensor_map.h"
 #include "operands_cuda.h"
 #include "ssd_scan_sm90_kernel.cuh"
 
@@ -48,34 +47,10 @@ const char* unsupported(const scan::Params& p) {
   return nullptr;
 }
 
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  static const auto function = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    N3_CUDA_CHECK(scan::op,
-                  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
-    N3_CHECK(scan::op, found == cudaDriverEntryPointSuccess, "the CUDA driver must be of version 12.0 or later");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(f);
-  }();
-  return function;
-}
-
 // [sequences, tokens, middle, inner] in boxes of 64 tokens and `columns` of the inner dimension.
 CUtensorMap map_of(const Operand& o, int64_t inner, int64_t middle, int64_t tokens, int64_t sequences, int columns) {
-  const cuuint64_t sizes[4] = {cuuint64_t(inner), cuuint64_t(middle), cuuint64_t(tokens), cuuint64_t(sequences)};
-  cuuint64_t strides[3];  // bytes; of a dimension of size 1 anything that the driver takes
-  for (int i = 0; i < 3; ++i) {
-    strides[i] = sizes[i + 1] > 1 ? 2 * cuuint64_t(o.strides[2 - i]) : i ? strides[i - 1] : 2 * cuuint64_t(inner);
-  }
-  const cuuint32_t box[4] = {cuuint32_t(columns), 1, sm90::kTokens, 1}, steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encoder()(
-      &map, o.dtype == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, o.data,
-      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  N3_CHECK(scan::op, result == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(result));
-  return map;
+  return n3::tensor_map(scan::op, o.dtype, o.data, {inner, middle, tokens, sequences},
+                        {o.strides[2], o.strides[1], o.strides[0]}, {columns, 1, sm90::kTokens, 1});
 }
 
 sm90::Problem problem_of(const scan::Params& p, const sm90::Work& work) {

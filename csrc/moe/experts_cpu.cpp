@@ -1,44 +1,34 @@
-// The experts on NVFP4 weights. Slots are sorted by expert, so that an expert's weights are read once for its tokens,
-// and the products are those of nvfp4_linear, whose sums do not depend on the number of tokens. Every slot's output is
-// kept as a row of floats: a token's sum then runs over its slots in their order, whatever the order of the experts.
+// The experts. Slots are sorted by expert, so that an expert's weights are read once for its tokens, and go through the
+// up product, the activation and the down product a group of slots at a time, in float32. Every slot's output is kept
+// as a row of floats: a token's sum then runs over its slots in their order, whatever the order of the experts.
 #include "experts.h"
 
 #include <algorithm>
-#include <cmath>
 #include <span>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../common/cpu.h"
-#include "../common/threads.h"
-#include "../nvfp4/linear_engine.h"
+#include "products.h"
 
 namespace {
 
-namespace linear = n3::nvfp4_linear;
+namespace dense = n3::dense_linear;
 using n3::buffer;
-using n3::Buffer;
 using n3::for_items;
-using n3::moe_experts::Activation;
+using n3::moe::Batch;
+using n3::moe::DenseProduct;
+using n3::moe::Element;
+using n3::moe::Nvfp4Product;
 using n3::moe_experts::op;
 using n3::moe_experts::OptionalTensor;
 using n3::moe_experts::Params;
-using n3::moe_experts::Weights;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kRowFloats = int64_t(1) << 25;  // most floats of slot outputs kept at a time: 128 MiB
-constexpr int64_t kGroupSlots = 1024;             // slots whose inputs and intermediates are kept at a time, about
-constexpr int64_t kCopyWork = 8;                  // multiply-adds in the time of converting or adding one float
 
 // ---- sorting
-
-// Slots order[begin .. begin + size) of one expert.
-struct Batch {
-  int64_t expert, begin, size;
-};
 
 // Tokens first .. first + count, their slots numbered from 0.
 struct Tokens {
@@ -57,7 +47,7 @@ struct Sorted {
   std::vector<Batch> batches;
 };
 
-Sorted sort_slots(const Params& p, const Tokens& tokens) {
+Sorted sort_slots(const Params& p, const Tokens& tokens, int64_t most) {
   const int64_t slots = tokens.count * p.top_k, slot0 = tokens.first * p.top_k;
   std::vector<int64_t> starts(p.experts + 1);  // of each expert in `order`, then the place of its next slot
   for (int64_t s = 0; s < slots; ++s) ++starts[expert_of(p, slot0 + s) + 1];
@@ -65,11 +55,7 @@ Sorted sort_slots(const Params& p, const Tokens& tokens) {
   for (int64_t e = 0; e < p.experts; ++e) starts[e + 1] += starts[e];
   Sorted sorted{std::vector<int64_t>(starts[p.experts]), {}};
   for (int64_t e = 0; e < p.experts; ++e) {
-    const int64_t n = starts[e + 1] - starts[e], parts = (n + linear::kTokens - 1) / linear::kTokens;
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = n * i / parts;
-      sorted.batches.push_back({e, starts[e] + begin, n * (i + 1) / parts - begin});
-    }
+    n3::moe::add_batches(e, starts[e], starts[e + 1] - starts[e], most, sorted.batches);
   }
   for (int64_t s = 0; s < slots; ++s) {
     if (const int64_t e = expert_of(p, slot0 + s); e >= 0) sorted.order[starts[e]++] = s;
@@ -77,151 +63,77 @@ Sorted sort_slots(const Params& p, const Tokens& tokens) {
   return sorted;
 }
 
-// ---- products
+// ---- the whole
 
-// A tile of tokens or a panel of weight rows of a batch.
-struct Item {
-  const Batch* batch;
-  int64_t begin, size;
-};
-
-int64_t slots_of(std::span<const Batch> batches) {
-  return batches.back().begin + batches.back().size - batches.front().begin;
-}
-
-// Calls read(position, row) for every slot of the batches and packs the row of w.k floats as the kernel wants it.
-template <typename Read>
-Buffer<float> pack(const linear::Kernels& kernel, int64_t k, std::span<const Batch> batches, const Read& read) {
-  std::vector<Item> items;
-  for (const Batch& batch : batches) {
-    const linear::Tiles tiles{batch.size};
-    for (int64_t i = 0; i < tiles.count(); ++i) {
-      items.push_back({&batch, tiles.begin(i), tiles.begin(i + 1) - tiles.begin(i)});
-    }
+dense::Activation activation_of(const Params& p) {
+  switch (p.activation) {
+    case n3::moe_experts::Activation::kRelu2: return dense::kRelu2;
+    case n3::moe_experts::Activation::kSilu: return dense::kSilu;
+    case n3::moe_experts::Activation::kGelu: break;
   }
-  const int64_t floats = linear::packed_floats(k), slots = slots_of(batches), n = int64_t(items.size());
-  auto packed = buffer<float>(slots * floats * 4);
-  for_items(n, slots * floats * kCopyWork, [&](const auto& take) {
-    const auto row = buffer<float>(k * 4);
-    for (int64_t i = take(); i < n; i = take()) {
-      const int64_t begin = items[i].batch->begin + items[i].begin;
-      float* tile = packed.get() + (begin - batches[0].begin) * floats;
-      for (int64_t t = 0; t < items[i].size; ++t) {
-        read(begin + t, row.get());
-        kernel.pack(row.get(), k, items[i].size, t, tile);
-      }
-    }
-  });
-  return packed;
-}
-
-// Calls write(position, n, sums, count, factor): outputs n .. n + count of that slot are sums * factor. One item is a
-// panel of weight rows, so an output has one owner and its bits do not depend on the threads.
-template <typename Write>
-void multiply(const linear::Kernels& kernel, const Weights& w, std::span<const Batch> batches, const float* packed,
-              const Write& write) {
-  std::vector<Item> items;
-  int64_t scratch_bytes = 0, sum_floats = 0;
-  for (const Batch& batch : batches) {
-    const int64_t rows = kernel.panel_rows(w.k, batch.size);
-    for (int64_t n = 0; n < w.n; n += rows) items.push_back({&batch, n, std::min(rows, w.n - n)});
-    scratch_bytes = std::max(scratch_bytes, kernel.scratch_bytes(w.k, batch.size));
-    sum_floats = std::max(sum_floats, rows * batch.size);
-  }
-  const int64_t count = int64_t(items.size()), floats = linear::packed_floats(w.k);
-  for_items(count, slots_of(batches) * w.n * w.k, [&](const auto& take) {
-    const auto scratch = buffer<char>(scratch_bytes);
-    const auto sums = buffer<float>(sum_floats * 4);
-    for (int64_t i = take(); i < count; i = take()) {
-      const auto [batch, n, rows] = items[i];
-      const linear::GlobalScale global = linear::split_global_scale(kernel, w.global_scale[batch->expert]);
-      const int64_t row = batch->expert * w.n + n;
-      const linear::Panel panel{static_cast<const uint8_t*>(w.w) + row * (w.k / 2), w.block_scale + row * (w.k / 16),
-                                rows, w.k};
-      const float* x = packed + (batch->begin - batches[0].begin) * floats;
-      kernel.sums(global.table, panel, x, batch->size, scratch.get(), sums.get());
-      for (int64_t t = 0; t < batch->size; ++t) {
-        write(batch->begin + t, n, sums.get() + t * rows, rows, global.factor);
-      }
-    }
-  });
-}
-
-float act(Activation activation, float v) {
-  switch (activation) {
-    case Activation::kSilu: return v / (1.f + std::exp(-v));
-    case Activation::kGelu: return 0.5f * v * std::erfc(v * -0.70710678118654752f);
-    case Activation::kRelu2: break;
-  }
-  return v < 0.f ? 0.f : v * v;  // NaN stays
-}
-
-void activate(const Params& p, const float* h, float* out) {
-  for (int64_t i = 0; i < p.inner; ++i) out[i] = act(p.activation, h[i]);
-  if (p.activation == Activation::kRelu2) return;
-  for (int64_t i = 0; i < p.inner; ++i) out[i] *= h[p.inner + i];
+  return dense::kGelu;
 }
 
 // rows[slot] = W_down act(W_up x) for the slots of some batches.
-template <typename T>
-void run_group(const Params& p, const Tokens& tokens, const Sorted& sorted, std::span<const Batch> batches,
-               float* rows) {
-  const linear::Kernels& kernel = linear::kernels();
-  const int64_t position0 = batches[0].begin;
-  const auto hidden = buffer<float>(slots_of(batches) * p.up.n * 4);
-  const auto hidden_of = [&](int64_t position) { return hidden.get() + (position - position0) * p.up.n; };
+template <typename Product>
+void run_group(const Params& p, Element element, const Product& up, const Product& down, const Tokens& tokens,
+               const Sorted& sorted, std::span<const Batch> batches, float* rows) {
+  const dense::Kernels& kernels = dense::kernels();
+  const dense::Activation activation = activation_of(p);
+  const int64_t first = batches[0].begin, count = n3::moe::positions_of(batches);
+  const int64_t width_bytes = p.width * n3::moe::bytes_of(element), ld = dense::whole(p.inner, dense::kChains);
+  const auto hidden = buffer<float>(count * ld * 4);
 
-  const auto read_x = [&](int64_t position, float* row) {
-    const T* x = static_cast<const T*>(p.x) + (tokens.first + sorted.order[position] / p.top_k) * p.width;
-    for (int64_t i = 0; i < p.width; ++i) row[i] = n3::to_float(x[i]);
+  const auto x_of = [&](int64_t position) -> const void* {
+    const int64_t token = tokens.first + sorted.order[position] / p.top_k;
+    return static_cast<const char*>(p.x) + token * width_bytes;
   };
-  const auto write_hidden = [&](int64_t position, int64_t n, const float* sums, int64_t count, float factor) {
-    float* to = hidden_of(position) + n;
-    for (int64_t i = 0; i < count; ++i) to[i] = sums[i] * factor;
+  const auto hidden_of = [&](int64_t position) { return hidden.get() + (position - first) * ld; };
+  const auto keep_hidden = [&](int64_t position, int64_t r, const float* h, const float* value, int64_t n) {
+    float* to = hidden_of(position) + r;
+    kernels.activate(activation, h, value, n, to);
+    if (r + n == p.inner) std::fill(to + n, hidden_of(position) + ld, 0.f);
   };
-  multiply(kernel, p.up, batches, pack(kernel, p.width, batches, read_x).get(), write_hidden);
-
-  const auto read_hidden = [&](int64_t position, float* row) { activate(p, hidden_of(position), row); };
-  const auto write_row = [&](int64_t position, int64_t n, const float* sums, int64_t count, float factor) {
-    float* to = rows + sorted.order[position] * p.width + n;
-    for (int64_t i = 0; i < count; ++i) to[i] = sums[i] * factor;
+  const auto keep_row = [&](int64_t position, int64_t r, const float* h, const float*, int64_t n) {
+    std::copy_n(h, n, rows + sorted.order[position] * p.width + r);
   };
-  multiply(kernel, p.down, batches, pack(kernel, p.inner, batches, read_hidden).get(), write_row);
+  multiply(up, activation != dense::kRelu2, batches, up.inputs(batches, {element, false}, x_of), keep_hidden);
+  multiply(down, false, batches, down.inputs(batches, {dense::kFloat, true}, hidden_of), keep_row);
 }
 
-// ---- the whole
-
-template <typename T>
-void combine(const Params& p, const Tokens& tokens, const float* rows) {
-  for_items(tokens.count, tokens.count * p.top_k * p.width * kCopyWork, [&](const auto& take) {
+// y of some tokens from their slots' rows.
+void combine(const Params& p, Element element, const Tokens& tokens, const float* rows) {
+  const dense::Kernels& kernels = dense::kernels();
+  const int64_t width_bytes = p.width * n3::moe::bytes_of(element);
+  for_items(tokens.count, tokens.count * p.top_k * p.width * n3::moe::kCopyWork, [&](const auto& take) {
     const auto sum = buffer<float>(p.width * 4);
     for (int64_t t = take(); t < tokens.count; t = take()) {
       std::fill_n(sum.get(), p.width, 0.f);
       for (int64_t j = 0; j < p.top_k; ++j) {
         const int64_t slot = (tokens.first + t) * p.top_k + j;
         if (expert_of(p, slot) < 0) continue;
-        const float weight = p.weights[slot], *row = rows + (t * p.top_k + j) * p.width;
-        for (int64_t i = 0; i < p.width; ++i) sum[i] += weight * row[i];
+        kernels.add(p.weights[slot], rows + (t * p.top_k + j) * p.width, p.width, sum.get());
       }
-      T* y = static_cast<T*>(p.y) + (tokens.first + t) * p.width;
-      for (int64_t i = 0; i < p.width; ++i) y[i] = n3::from_float<T>(sum[i]);
+      kernels.narrow[element](sum.get(), p.width, static_cast<char*>(p.y) + (tokens.first + t) * width_bytes);
     }
   });
 }
 
-template <typename T>
-void run(const Params& p) {
-  const int64_t most = std::clamp<int64_t>(kRowFloats / (p.top_k * p.width), 1, p.tokens);
+template <typename Product>
+void run(const Params& p, Element element) {
+  const auto product = [&](const n3::moe_experts::Weights& w) {
+    return Product({w.w, w.block_scale, w.global_scale, element, w.n, w.k});
+  };
+  const Product up = product(p.up), down = product(p.down);
+  const int64_t most = std::clamp<int64_t>(kRowFloats / (p.top_k * std::max<int64_t>(p.width, 1)), 1, p.tokens);
   const auto rows = buffer<float>(most * p.top_k * p.width * 4);
   for (int64_t first = 0; first < p.tokens; first += most) {
     const Tokens tokens{first, std::min(most, p.tokens - first)};
-    const Sorted sorted = sort_slots(p, tokens);
-    const std::span<const Batch> batches = sorted.batches;
-    for (size_t begin = 0, end = 0; begin < batches.size(); begin = end) {
-      for (int64_t slots = 0; end < batches.size() && slots < kGroupSlots; ++end) slots += batches[end].size;
-      run_group<T>(p, tokens, sorted, batches.subspan(begin, end - begin), rows.get());
-    }
-    combine<T>(p, tokens, rows.get());
+    const Sorted sorted = sort_slots(p, tokens, Product::kMostTokens);
+    n3::moe::for_runs(sorted.batches, [&](std::span<const Batch> batches) {
+      run_group(p, element, up, down, tokens, sorted, batches, rows.get());
+    });
+    combine(p, element, tokens, rows.get());
   }
 }
 
@@ -231,28 +143,24 @@ Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, co
                    const std::string& activation, int64_t first_expert) {
   Params p = n3::moe_experts::check(x, w_up, w_down, ids, weights, up_scale, up_global, down_scale, down_global,
                                     valid_tokens, activation, first_expert);
-  N3_CHECK(op, !p.dense, "dense weights are served by the reference");  // as the predicate in Python says before
   const Tensor y = torch::stable::new_empty(x, {p.tokens, p.width});
-  if (p.tokens == 0) return y;
+  if (p.tokens == 0 || p.width == 0) return y;
   std::vector<Tensor> alive;
   const auto data = [&](const Tensor& t) { return alive.emplace_back(torch::stable::contiguous(t)).const_data_ptr(); };
-  const auto fill = [&](Weights& to, const Tensor& w, const Tensor& block_scale, const Tensor& global_scale) {
-    to.w = data(w);
-    to.block_scale = static_cast<const uint8_t*>(data(block_scale));
-    to.global_scale = static_cast<const float*>(data(global_scale));
-  };
-  fill(p.up, w_up, *up_scale, *up_global);
-  fill(p.down, w_down, *down_scale, *down_global);
+  p.up.w = data(w_up), p.down.w = data(w_down);
+  if (!p.dense) {
+    p.up.block_scale = static_cast<const uint8_t*>(data(*up_scale));
+    p.up.global_scale = static_cast<const float*>(data(*up_global));
+    p.down.block_scale = static_cast<const uint8_t*>(data(*down_scale));
+    p.down.global_scale = static_cast<const float*>(data(*down_global));
+  }
   p.x = data(x);
   p.ids = static_cast<const int32_t*>(data(ids));
   p.weights = static_cast<const float*>(data(weights));
   p.valid_tokens = valid_tokens ? static_cast<const int32_t*>(data(*valid_tokens)) : nullptr;
   p.y = y.mutable_data_ptr();
-  switch (x.scalar_type()) {  // check() let nothing else through
-    case ScalarType::Float: run<float>(p); break;
-    case ScalarType::Half: run<n3::Half>(p); break;
-    default: run<n3::BFloat16>(p);
-  }
+  const Element element = n3::moe::element_of(x.scalar_type());
+  p.dense ? run<DenseProduct>(p, element) : run<Nvfp4Product>(p, element);
   return y;
 }
 

@@ -9,6 +9,7 @@ from .. import _dispatch
 from .._autograd import grads_through
 from .._checks import Check
 from . import reference
+from ._supports import decode_experts, not_float64
 
 if TYPE_CHECKING:
     from ..nvfp4 import NVFP4Tensor
@@ -43,9 +44,9 @@ def experts(
         valid_tokens: ``[1]``, int32: rows from this one on are padding, not read, and come out as zeros.
     Returns:
         ``[T, l]``, dtype of ``x``, contiguous. Products and sums are float32, ``j`` ascending, rounded once; NVFP4
-        weights are decoded exactly. A kernel may round ``act(...)`` to a 16-bit ``x``'s dtype: the relative L2 error
-        against the float64 definition is at most 3e-3 there and 1e-5 in float32. A row does not depend on the
-        batch. Differentiable in ``x``, ``weights`` and dense ``w_up``, ``w_down``.
+        weights are decoded exactly. A kernel may round ``act(...)`` to the digits, though not to the range, of a
+        16-bit ``x``: the relative L2 error against the float64 definition is at most 3e-3 there and 1e-5 in float32. A
+        row does not depend on the batch. Differentiable in ``x``, ``weights`` and dense ``w_up``, ``w_down``.
     Raises:
         RuntimeError: a shape, dtype or option outside the above, or gradients through NVFP4 weights; the message
             names argument and values.
@@ -136,7 +137,9 @@ def _check_bwd(grad_y, x, w_up, w_down, ids, weights, activation, first_expert):
     check = Check("moe_experts_bwd")
     check.that(w_up.dtype != torch.uint8, "w_up must be dense, got NVFP4: decode it first to train through it")
     _check(x, w_up, w_down, ids, weights, activation=activation, first_expert=first_expert)
+    check.same_dtype("grad_y", grad_y, "x", x)
     check.shape("grad_y", grad_y, x.shape)
+    check.same_device("x", x, grad_y=grad_y)
 
 
 def _fake(x, *args, **kwargs):
@@ -148,7 +151,8 @@ def _reference_bwd(grad_y, x, w_up, w_down, ids, weights, activation, first_expe
         options = {"activation": activation, "first_expert": first_expert}
         return reference.moe_experts(x, w_up, w_down, ids, weights, **options)
 
-    return grads_through(forward, (x, w_up, w_down, weights), (grad_y,))
+    with torch.autocast(x.device.type, enabled=False):
+        return tuple(g.contiguous() for g in grads_through(forward, (x, w_up, w_down, weights), (grad_y,)))
 
 
 def _fake_bwd(grad_y, x, w_up, w_down, ids, weights, activation, first_expert):
@@ -170,13 +174,6 @@ def _backward(ctx, grad_y):
     return dx, dw_up, dw_down, None, dweights, None, None, None, None, None
 
 
-def _supports_cpu(x, w_up, w_down, ids, weights, up_scale=None, up_global=None, down_scale=None, down_global=None,
-                  valid_tokens=None, *, activation="relu2", first_expert=0):  # fmt: skip
-    if all(scale is None for scale in (up_scale, up_global, down_scale, down_global)):
-        return "dense weights are served by the reference"
-    return "float64 is served by the reference" if x.dtype == torch.float64 else None
-
-
 _LATER = "arrives with the moe family"
 _dispatch.register(
     "moe_experts",
@@ -185,13 +182,15 @@ _dispatch.register(
     reference=reference.moe_experts,
     setup_context=_setup_context,
     backward=_backward,
-    supports={"cpu": _supports_cpu},
-    missing={"triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.moe.experts:moe_experts",
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": decode_experts},
 )
 _dispatch.register(
     "moe_experts_bwd",
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.moe.experts_bwd:moe_experts_bwd",
+    supports={"cpu": not_float64, "triton": not_float64},
+    missing={"cuda": _LATER},
 )

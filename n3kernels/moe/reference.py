@@ -1,4 +1,5 @@
-"""The definition of every moe operator in plain PyTorch: obvious first, and quick enough to train small models on.
+"""The definition of routing, sorting and grouped products in plain PyTorch: obvious first, and quick enough to train
+small models on.
 
 Everything is computed in float32, or in float64 where the inputs are float64, and rounded once at the end.
 """
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import Check
 from ..nvfp4.reference import decode
 
-__all__ = ["ACTIVATIONS", "activate", "latent_moe", "moe_experts", "moe_route", "moe_sort"]
+__all__ = ["ACTIVATIONS", "activate", "grouped_linear", "moe_experts", "moe_route", "moe_route_bwd", "moe_sort"]
 
 ACTIVATIONS = ("relu2", "silu", "gelu")  # relu2 stands alone; silu and gelu gate: act(first half) * second half
 
@@ -58,8 +60,33 @@ def route_weights(scores: Tensor, ids: Tensor, normalize: bool, scale: float) ->
     weights = scores.gather(1, ids.long())
     weights = torch.where(weights.isnan(), 0, weights)
     if normalize:
-        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+        total = weights[:, :1]
+        for j in range(1, ids.shape[1]):  # the order of the sum is part of the definition
+            total = total + weights[:, j : j + 1]
+        weights = weights / (total + 1e-20)
     return weights * scale
+
+
+def moe_route_bwd(
+    grad_weights: Tensor, logits: Tensor, ids: Tensor, *, score: str = "sigmoid", normalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    experts = logits.shape[1]
+    bad = (ids < 0) | (ids >= experts)
+    if ids.device.type == "cpu" and bad.any():  # elsewhere the host must not wait for the values
+        Check("moe_route_bwd").fail(f"ids must be between 0 and {experts - 1}, got {ids[bad][0].item()}")
+    ids, scores = ids.long(), route_scores(logits, score)
+    scores = torch.where(scores.isnan(), 0, scores)
+    grad, chosen = grad_weights * scale, scores.gather(1, ids)
+    if normalize:
+        total = chosen.sum(1, keepdim=True) + 1e-20
+        grad = (grad - (grad * chosen).sum(1, keepdim=True) / total) / total
+    grad = torch.zeros_like(scores).scatter(1, ids, grad)
+    if score == "sigmoid":
+        grad = grad * scores * (1 - scores)
+    else:
+        grad = scores * (grad - (grad * scores).sum(1, keepdim=True))
+    return grad.to(logits.dtype)
 
 
 def _best_first(values: Tensor) -> Tensor:
@@ -136,10 +163,11 @@ def moe_experts(
         elif len(rows):
             up = _dense(ups[e], up_scale, up_global, e, wide)
             down = _dense(downs[e], down_scale, down_global, e, wide)
-            outputs.append(F.linear(activate(F.linear(rows, up), activation), down))
+            outputs.append(linear(activate(linear(rows, up), activation), down))
     slots = torch.cat(outputs)[order.argsort()].unflatten(0, (tokens, k))
 
-    local = (ids >= first_expert) & (ids < first_expert + num_experts)
+    local = ids.long() - first_expert  # 64 bits: first_expert + num_experts may be 2^31
+    local = (local >= 0) & (local < num_experts)
     gains = weights.to(wide).masked_fill(~local, 0)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for j in range(k):  # the order of the sum is part of the definition
@@ -158,56 +186,61 @@ def _dense(w: Tensor, block_scale: Tensor | None, global_scale: Tensor | None, e
     return w.to(dtype) if block_scale is None else decode(w, block_scale[e], dtype) * global_scale[e].to(dtype)
 
 
-# ---------------------------------------------------------------- the layer
+# ---------------------------------------------------------------- one grouped product
 
 
-def latent_moe(
+def grouped_linear(
     x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    w_up: Tensor,
-    w_down: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    fc1: Tensor | None = None,
-    fc2: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    up_global: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    down_global: Tensor | None = None,
-    shared_up_scale: Tensor | None = None,
-    shared_up_global: Tensor | None = None,
-    shared_down_scale: Tensor | None = None,
-    shared_down_global: Tensor | None = None,
+    w: Tensor,
+    offsets: Tensor,
+    gather: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    block_scale: Tensor | None = None,
+    global_scale: Tensor | None = None,
     *,
-    top_k: int,
-    n_group: int = 1,
-    topk_group: int = 1,
-    normalize: bool = True,
-    scale: float = 1.0,
-    activation: str = "relu2",
+    activation: str | None = None,
 ) -> Tensor:
-    tokens = x.flatten(0, -2)
     wide = torch.promote_types(x.dtype, torch.float32)
-    ids, weights, _, _ = torch.ops.n3.moe_route(
-        F.linear(tokens.to(wide), router_weight.to(wide)),
-        None if router_bias is None else router_bias.to(wide),
-        top_k=top_k, n_group=n_group, topk_group=topk_group, normalize=normalize, scale=scale,
-    )  # fmt: skip
-    y = torch.ops.n3.moe_experts(
-        tokens if fc1 is None else F.linear(tokens, fc1), w_up, w_down, ids, weights,
-        up_scale, up_global, down_scale, down_global, activation=activation,
-    )  # fmt: skip
-    if fc2 is not None:
-        y = F.linear(y, fc2)
-    if shared_up_scale is not None and activation == "relu2":  # one operator: product and activation
-        h = torch.ops.n3.nvfp4_linear(tokens, shared_up, shared_up_scale, shared_up_global, activation="relu2")
+    check_groups("grouped_linear", x, offsets, gather)
+    rows = len(x) if gather is None else len(gather)
+    if gather is None:
+        inputs, skipped = x.to(wide), torch.zeros(rows, 1, dtype=torch.bool, device=x.device)
     else:
-        h = activate(_linear(tokens, shared_up, shared_up_scale, shared_up_global), activation)
-    return (y + _linear(h, shared_down, shared_down_scale, shared_down_global)).view(x.shape)
+        skipped = gather[:, None] < 0
+        inputs = x.to(wide)[gather.clamp(min=0)] if len(x) else x.new_zeros(rows, x.shape[1], dtype=wide)
+        inputs = inputs.masked_fill(skipped, 0)
+    halves = 1 if activation in (None, "relu2") else 2
+
+    edges = [0, *offsets.tolist(), rows]  # the first and the last piece are the rows in no group
+    outputs = []
+    for g, piece in enumerate(inputs.split([b - a for a, b in zip(edges, edges[1:], strict=False)]), -1):
+        if 0 <= g < len(w) and len(piece):
+            h = linear(piece, _dense(w[g], block_scale, global_scale, g, wide))
+            outputs.append(h if activation is None else activate(h, activation))
+        else:
+            outputs.append(piece.new_zeros(len(piece), w.shape[1] // halves))
+    y = torch.cat(outputs)
+    if row_scale is not None:
+        row = torch.arange(rows, device=x.device)[:, None]
+        idle = skipped | (row < offsets[0]) | (row >= offsets[-1])
+        y = y * row_scale.to(wide)[:, None].masked_fill(idle, 0)
+    return y.masked_fill(skipped, 0).to(x.dtype)
 
 
-def _linear(x: Tensor, w: Tensor, block_scale: Tensor | None, global_scale: Tensor | None) -> Tensor:
-    if block_scale is None:
+def check_groups(op: str, x: Tensor, offsets: Tensor, gather: Tensor | None) -> None:
+    """What only the values tell. Elsewhere than on the CPU the host must not wait for them."""
+    if offsets.device.type != "cpu":
+        return
+    check, rows, before = Check(op), len(x) if gather is None else len(gather), 0
+    for end in offsets.tolist():
+        check.that(0 <= end <= rows, f"offsets must be between 0 and {rows}", end)
+        check.that(end >= before, f"offsets must not fall, got {end} after {before}")
+        before = end
+    if gather is not None and (far := gather >= len(x)).any():
+        check.fail(f"gather must be below the {len(x)} rows of x, got {gather[far][0].item()}")
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """``x w^T`` in the dtype they have."""
+    with torch.autocast(x.device.type, enabled=False):  # it would multiply in 16 bits
         return F.linear(x, w)
-    return torch.ops.n3.nvfp4_linear(x, w, block_scale, global_scale)

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference
+from ._supports import not_float64
 
 __all__ = ["MAX_EXPERTS", "MAX_TOP_K", "route"]
 
@@ -98,6 +99,27 @@ def _fake(
     )
 
 
+def _check_bwd(grad_weights, logits, ids, *, score="sigmoid", normalize=True, scale=1.0):
+    check = Check("moe_route_bwd")
+    check.floating("logits", logits)
+    check.dim("logits", logits, 2)
+    tokens, experts = logits.shape
+    check.that(1 <= experts <= MAX_EXPERTS, f"logits must have 1 to {MAX_EXPERTS} columns", experts)
+    check.choice("score", score, ("sigmoid", "softmax"))
+    check.dtype("ids", ids, torch.int32)
+    check.dim("ids", ids, 2)
+    most = min(MAX_TOP_K, experts)
+    check.that(1 <= ids.shape[1] <= most, f"ids must have 1 to {most} columns", ids.shape[1])
+    check.shape("ids", ids, (tokens, ids.shape[1]))
+    check.dtype("grad_weights", grad_weights, torch.promote_types(logits.dtype, torch.float32))
+    check.shape("grad_weights", grad_weights, ids.shape)
+    check.same_device("logits", logits, grad_weights=grad_weights, ids=ids)
+
+
+def _fake_bwd(grad_weights, logits, ids, *, score="sigmoid", normalize=True, scale=1.0):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     logits, bias, expert_map = inputs
     ctx.options = dict(keyword_only_inputs)
@@ -108,29 +130,25 @@ def _backward(ctx, grad_ids, grad_weights, grad_counts, grad_flags):
     logits, bias, ids, expert_map = ctx.saved_tensors
     if expert_map is not None:  # what was returned are physical experts: choose again
         ids = torch.ops.n3.moe_route.default(logits, bias, **ctx.options)[0]
-    score, normalize, scale = (ctx.options[name] for name in ("score", "normalize", "scale"))
-    scores = reference.route_scores(logits, score)
-    scores = torch.where(scores.isnan(), 0, scores)
-    chosen = scores.gather(1, ids.long())
-    grad = grad_weights * scale
-    if normalize:
-        total = chosen.sum(1, keepdim=True) + 1e-20
-        grad = (grad - (grad * chosen).sum(1, keepdim=True) / total) / total
-    grad = torch.zeros_like(scores).scatter(1, ids.long(), grad)
-    if score == "sigmoid":
-        grad = grad * scores * (1 - scores)
-    else:
-        grad = scores * (grad - (grad * scores).sum(1, keepdim=True))
-    return grad.to(logits.dtype), None, None
+    options = {name: ctx.options[name] for name in ("score", "normalize", "scale")}
+    return torch.ops.n3.moe_route_bwd.default(grad_weights, logits, ids, **options), None, None
 
 
-_LATER = "arrives with the moe family"
 _dispatch.register(
     "moe_route",
     check=_check,
     fake=_fake,
     reference=reference.moe_route,
+    triton="n3kernels.triton_ops.moe.route:moe_route",
     setup_context=_setup_context,
     backward=_backward,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
+)
+_dispatch.register(
+    "moe_route_bwd",
+    check=_check_bwd,
+    fake=_fake_bwd,
+    reference=reference.moe_route_bwd,
+    triton="n3kernels.triton_ops.moe.route:moe_route_bwd",
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
 )

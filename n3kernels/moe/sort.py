@@ -50,11 +50,10 @@ def _fake(ids, num_experts, first_expert=0):
     return ids.new_empty(ids.numel()), ids.new_empty(num_experts + 1), ids.new_empty(num_experts), ids.new_empty(1)
 
 
-_LATER = "arrives with the moe family"
 _dispatch.register(
     "moe_sort",
     check=_check,
     fake=_fake,
     reference=reference.moe_sort,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.moe.sort:moe_sort",
 )

@@ -8,7 +8,9 @@ import torch
 from conftest import DEVICE, assert_close_to, assert_invariant, fenced
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_problems import fast
 
+from n3kernels import use_backend
 from n3kernels.moe import route
 
 OPS = ("moe_route",)
@@ -80,6 +82,96 @@ def test_a_row_does_not_see_the_batch(backend, problem, i):
     assert torch.equal(whole[0][i : i + 1], alone[0]) and torch.equal(whole[3][i : i + 1], alone[3])
     assert_invariant(backend, whole[1][i : i + 1], alone[1])
     assert whole[3].tolist() == [0] * (len(logits) - 1) + [1]
+
+
+@given(problems, fractions)
+def test_weights_have_one_order_of_arithmetic(backend, problem, fractions):
+    """The chosen scores are added in the order of the ids, divided, scaled: float32 at each step, so that all backends
+    agree to the bit. A score is its float64 value rounded once; softmax's own sum may round the other way."""
+    logits, bias, options = inputs(*problem, fractions)
+    ids, weights, _, _ = (t.cpu() for t in route(logits, bias, **options))
+    wide = logits.double().cpu()
+    scores = (wide.sigmoid() if options["score"] == "sigmoid" else wide.softmax(1)).float().gather(1, ids.long())
+    if options["normalize"]:
+        total = torch.zeros(len(ids))
+        for j in range(options["top_k"]):
+            total = total + scores[:, j]
+        scores = scores / (total + 1e-20)[:, None]
+    truth = scores * 2.5
+    if options["score"] == "sigmoid":
+        assert torch.equal(weights, truth)
+    else:
+        assert ((weights - truth).abs() <= 3e-7 * truth).all()
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("experts", [37, 511, 1023])
+def test_equal_logits_tie_wherever_they_stand(backend, score, experts):
+    """In a vector register or behind the last: the lowest indices win in each of 40 rows of one number each."""
+    logits = torch.randn(40, 1, device=DEVICE).expand(40, experts)
+    ids, weights, _, _ = route(logits, top_k=9, score=score, normalize=False)
+    assert ids.tolist() == [list(range(9))] * 40
+    assert torch.equal(weights, weights[:, :1].expand(40, 9))
+
+
+def test_sums_that_round_to_one_number_tie(backend):
+    """The choice is a float32: a bias of 1e8 hides every score, and the weights still tell them apart."""
+    logits, bias = torch.randn(5, 64, device=DEVICE), torch.full((64,), 1e8, device=DEVICE)
+    ids, weights, _, _ = route(logits, bias, top_k=6, normalize=False)
+    assert ids.tolist() == [list(range(6))] * 5
+    assert_close_to(weights.cpu(), logits[:, :6].cpu().double().sigmoid())
+
+
+def test_biases_that_are_not_numbers(backend):
+    """NaN and -inf come last, the lower index first; +inf first."""
+    bias = torch.tensor([NAN, 0.0, -INF, INF, 1.0, NAN], device=DEVICE)
+    ids, weights, _, flags = route(torch.zeros(1, 6, device=DEVICE), bias, top_k=6, normalize=False)
+    assert ids.tolist() == [[3, 4, 1, 0, 2, 5]]
+    assert weights.tolist() == [[0.5] * 6] and not flags.any()
+
+
+@pytest.mark.parametrize("n_group", [1, 4])
+def test_rows_may_change_places(backend, n_group):
+    logits, bias = torch.randn(25, 64, device=DEVICE), torch.randn(64, device=DEVICE) / 4
+    places, options = torch.randperm(25).to(DEVICE), {"top_k": 6, "n_group": n_group, "topk_group": (n_group + 1) // 2}
+    plain, moved = route(logits, bias, **options), route(logits[places], bias, **options)
+    assert torch.equal(moved[0], plain[0][places])
+    assert_invariant(backend, moved[1], plain[1][places])
+    assert torch.equal(moved[2], plain[2])
+
+
+def test_experts_may_be_renamed(backend):
+    """Without ties and groups the numbers of the experts do not matter, to the bit."""
+    logits, bias = torch.randn(9, 128, device=DEVICE), torch.randn(128, device=DEVICE) / 4
+    new = torch.randperm(128).to(DEVICE)
+    plain, named = route(logits, bias, top_k=6), route(logits[:, new.argsort()], bias[new.argsort()], top_k=6)
+    assert torch.equal(named[0], new[plain[0].long()].int())
+    assert torch.equal(named[1], plain[1])
+    assert torch.equal(named[2][new], plain[2])
+
+
+@pytest.mark.parametrize("which", fast("moe_route"))
+def test_many_rows_and_threads(which):
+    logits, bias = torch.randn(3000, 128, device=DEVICE), torch.randn(128, device=DEVICE) / 4
+    threads, results = torch.get_num_threads(), []
+    with use_backend(which):
+        parts = [route(rows, bias, top_k=6) for rows in logits.split(700)]
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(route(logits, bias, top_k=6))
+        finally:
+            torch.set_num_threads(threads)
+    for ids, weights, counts, _ in results:
+        assert torch.equal(ids, torch.cat([p[0] for p in parts]))
+        assert_invariant(which, weights, torch.cat([p[1] for p in parts]))
+        assert torch.equal(counts, sum(p[2] for p in parts))
+
+
+def test_one_expert(backend):
+    ids, weights, counts, _ = route(torch.tensor([[-3.0], [4.0]], device=DEVICE), top_k=1, scale=2.5)
+    assert ids.tolist() == [[0], [0]] and counts.tolist() == [2]
+    assert_close_to(weights.cpu(), torch.full((2, 1), 2.5).double())
 
 
 BAD_ROWS = {

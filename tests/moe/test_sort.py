@@ -5,7 +5,9 @@ import torch
 from conftest import DEVICE, fenced
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_problems import fast
 
+from n3kernels import use_backend
 from n3kernels.moe import route, sort
 
 OPS = ("moe_sort",)
@@ -55,6 +57,27 @@ def test_one_expert_receives_everything(backend, expert):
     local = 0 <= expert < 512
     assert offsets[-1] == (700 * 22 if local else 0) and num_active.item() == local
     assert active[0] == (expert if local else -1) and (active[1:] == -1).all()
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**31 - 3, 2**31 - 1, 2**40])
+def test_ids_of_any_size(backend, first):
+    """id - first_expert leaves 32 bits; whatever is not local is skipped."""
+    numbers = [0, -1, -(2**31), 2**31 - 1, 2**31 - 6, 2**31 - 2, 5, 7, 10]
+    ids = torch.tensor(numbers, dtype=torch.int32, device=DEVICE).view(3, 3)
+    assert_right(sort(ids, 6, first), definition(ids, 6, first))
+
+
+@pytest.mark.parametrize("which", fast("moe_sort"))
+def test_threads_do_not_show(which):
+    ids = torch.randint(-1, 130, (3000, 6), dtype=torch.int32, device=DEVICE)
+    threads, truth = torch.get_num_threads(), definition(ids, 128, 1)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with use_backend(which):
+                assert_right(sort(ids, 128, 1), truth)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_ranks_partition_the_slots(backend):
