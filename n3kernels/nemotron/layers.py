@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +40,35 @@ def by_row(fn: Callable[..., Tensor], *xs: Tensor) -> Tensor:
     """``fn`` on every row alone where there are few: a token's bits then do not depend on the tokens beside it.
 
     Verification of k drafts and k+1 plain steps must give the same logits. The kernels of n3 promise that by
-    themselves; ``F.linear`` and the references change their order of summation with the number of rows. `one_by_one`
-    does the same for any number of rows.
+    themselves; the references change their order of summation with the number of rows. `one_by_one` does the same for
+    any number of rows.
     """
     rows = [x.reshape(-1, x.shape[-1]) for x in xs]
     count = rows[0].shape[0]
-    if torch.is_grad_enabled() or count <= 1 or not (count <= FEW_ROWS or _one_by_one):
+    if count <= 1 or not _few(count):
         return fn(*xs)
     return torch.cat([fn(*(r[i : i + 1] for r in rows)) for i in range(count)]).unflatten(0, xs[0].shape[:-1])
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``, of few rows each with bits of its own: by one group of n3's product, which reads the weight
+    once, or row by row where only ``F.linear`` is left, whose order of summation depends on the number of rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not _few(len(rows)):
+        return F.linear(x, weight)
+    args = rows, weight[None], _one_group(len(rows), x.device)
+    if serving("grouped_linear", *args) == "cpu":
+        return n3.grouped_linear(*args).unflatten(0, x.shape[:-1])
+    return by_row(lambda row: F.linear(row, weight), x)
+
+
+def _few(rows: int) -> bool:
+    return not torch.is_grad_enabled() and (rows <= FEW_ROWS or _one_by_one)
+
+
+@cache
+def _one_group(rows: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, rows], dtype=torch.int32, device=device)
 
 
 class Linear(nn.Module):
@@ -69,7 +91,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         if self.quantized:
             return n3.nvfp4_linear(x, self.weight, self.weight_scale, self.weight_scale_2, None, activation)
-        y = by_row(lambda row: F.linear(row, self.weight), x)
+        y = product(x, self.weight)
         return F.relu(y).square() if activation == "relu2" else y
 
 
@@ -212,7 +234,7 @@ class MoE(nn.Module):
         c = self.config
         flat = x.reshape(-1, x.shape[-1])
         gate = self.gate.weight.float()
-        logits = by_row(lambda rows: F.linear(rows, gate), flat.float())
+        logits = product(flat.float(), gate)
         ids, weights, self.load, _ = n3.moe_route(  # load: tokens per expert, which training balances
             logits, self.gate.e_score_correction_bias, top_k=c.num_experts_per_tok, n_group=c.n_group,
             topk_group=c.topk_group, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
