@@ -92,11 +92,11 @@ def demo(
     if budget is not None:
         ids += [tiny.THINK, tiny.NEWLINE]
 
-    def run(drafts: int, tokens: int = max_tokens) -> Result:
+    def run(drafts: int, tokens: int = max_tokens, mode: str = "coupled") -> Result:
         thinking = None if budget is None else _thinking(ids, budget, net)
         options: dict[str, Any] = {"temperature": temperature, "seed": seed, "thinking": thinking}
         try:
-            return generate(net, [ids], tokens, drafts=drafts, **options)
+            return generate(net, [ids], tokens, drafts=drafts, mode=mode, **options)
         except (ValueError, NotImplementedError) as error:
             raise UserError(str(error)) from None
 
@@ -108,6 +108,8 @@ def demo(
     _print_texts(out, tiny.decode(ids), plain, speculative, drafts)
     same = _print_comparison(out, plain, speculative)
     _print_acceptance(out, speculative)
+    if temperature > 0:
+        _print_modes(out, {mode: run(drafts, mode=mode) for mode in ("token", "block")})
     _print_operators(out, watch.seen, min(WATCHED_TOKENS, max_tokens))
     return 0 if same else 1
 
@@ -181,6 +183,11 @@ def _print_acceptance(out: Console, result: Result) -> None:
         if tokens:
             bar = "█" * round(40 * count / steps)
             out.print(f"  {tokens:>2} tokens  {count:>5} steps  {count / steps:>4.0%}  {bar}".rstrip())
+
+
+def _print_modes(out: Console, results: dict[str, Result]) -> None:
+    lengths = ", ".join(f"{mode} {result.acceptance_length:.2f}" for mode, result in results.items())
+    out.print(f"\nOther texts of the same law, from drafts drawn by themselves; acceptance length by mode: {lengths}")
 
 
 def _print_operators(out: Console, seen: dict[str, Deviation], tokens: int) -> None:

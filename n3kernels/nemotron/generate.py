@@ -1,4 +1,5 @@
-"""Decoding: plain, and speculative with the MTP layer. Both give the same text, token for token."""
+"""Decoding: plain, and speculative with the MTP layer. Both give the same text, token for token, or, in the modes
+"token" and "block", texts of the same law."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from .layers import one_by_one
 from .model import Nemotron
 
 __all__ = ["Result", "generate"]
+
+MODES = ("coupled", "token", "block")
 
 
 @dataclasses.dataclass
@@ -44,6 +47,8 @@ def generate(
     max_tokens: int = 128,
     *,
     drafts: int = 0,
+    mode: str = "coupled",
+    draft_ids: int = 32,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -55,19 +60,22 @@ def generate(
     """Continues every prompt until a stop id or ``max_tokens``.
 
     With ``drafts`` = k > 0 the MTP layer proposes k tokens and one forward pass of the model verifies them: greedily at
-    temperature 0, otherwise coupled, that is, against the very token that plain sampling draws with the same seed at
-    the same position. The text is therefore that of ``drafts=0``, whatever is proposed.
+    temperature 0, otherwise by ``mode``. ``"coupled"`` verifies against the very token that plain sampling draws with
+    the same seed at the same position; greedily or coupled the text is that of ``drafts=0``, whatever is proposed.
+    ``"token"`` and ``"block"`` draw the drafts by themselves and give a text of the same law, but not the same text.
 
     Args:
         prompts: token ids, at least one per prompt; lengths may differ.
         max_tokens: generated tokens per prompt.
         drafts: tokens proposed per step; needs a checkpoint with an MTP layer.
+        mode: ``"coupled"``, ``"token"`` or ``"block"``, see `n3kernels.mtp.verify`.
+        draft_ids: the tokens among which a draft is drawn, 1 to 64, in modes ``"token"`` and ``"block"``.
         temperature, top_k, top_p, min_p: as in `n3kernels.mtp.sample`; temperature 0 is greedy.
         seed: of the draws; one number, or one per prompt.
         stop_ids: default: the config's ``eos_token_id``. Pass ``()`` to never stop.
         thinking: limits the tokens before the end of thinking; its state advances with the text.
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, or drafts without an MTP layer.
+        ValueError: an empty prompt, an id outside the vocabulary, an unknown mode, or drafts without an MTP layer.
     """
     config, batch = model.config, len(prompts)
     for i, prompt in enumerate(prompts):
@@ -77,6 +85,8 @@ def generate(
             raise ValueError(f"generate: prompt {i} must hold ids in [0, {config.vocab_size}), got {got}")
     if drafts and model.mtp is None:
         raise ValueError("generate: drafts need a checkpoint with an MTP layer (num_nextn_predict_layers is 0)")
+    if mode not in MODES:
+        raise ValueError(f"generate: mode must be one of {', '.join(MODES)}, got {mode}")
     if batch == 0 or max_tokens <= 0:
         return Result([[] for _ in prompts], [0] * (drafts + 2), 0.0, 0.0)
     stop = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
@@ -84,7 +94,8 @@ def generate(
     # A text that is done still feeds drafts + 1 tokens per step, after having ended up to ``drafts`` tokens too long.
     room = max(map(len, prompts)) + max_tokens + 2 * drafts + 1
     run = _Run(
-        model=model, drafts=drafts, text=[list(p) for p in prompts], prompt_lengths=[len(p) for p in prompts],
+        model=model, drafts=drafts, mode="greedy" if temperature <= 0 else mode, draft_ids=draft_ids, text=[list(p) for p in prompts],
+        prompt_lengths=[len(p) for p in prompts],
         cache=model.cache(batch, room, drafts), draft_cache=model.draft_cache(batch, room, drafts) if drafts else None,
         options=_options(batch, seed, temperature, top_k, top_p, min_p, device),
         stop=torch.tensor(stop, dtype=torch.int32, device=device), stop_ids=set(stop), thinking=thinking,
@@ -118,6 +129,8 @@ class _Run:
 
     model: Nemotron
     drafts: int
+    mode: str
+    draft_ids: int
     text: list[list[int]]
     prompt_lengths: list[int]
     cache: object
@@ -168,27 +181,45 @@ class _Run:
         self._append(out, counts)
 
     def _propose(self) -> Tensor:
-        """k drafts per sequence, drawn with the noise that plain sampling will use, so that they agree more often."""
-        drafts, hidden = [], self.draft_from
+        """k drafts per sequence, drawn with the noise that plain sampling will use, so that they agree more often, or
+        with noise of their own; their laws are kept for `_verify` then."""
+        drafts, laws, hidden = [], [], self.draft_from
         for j in range(self.drafts):
-            drafts.append(self._sample(hidden, ahead=j).long()[:, None])
+            if self.mode in ("token", "block"):
+                draft, *law = mtp.draft_sample(
+                    self.model.logits(hidden), self.options["seed"], self._positions() + j, max_ids=self._most_ids(),
+                    temperature=self.options["temperature"],
+                )  # fmt: skip
+                laws.append(law)
+            else:
+                draft = self._sample(hidden, ahead=j)
+            drafts.append(draft.long()[:, None])
             if j + 1 < self.drafts:
                 self.draft_cache.decode(1)
                 hidden = self.model.draft_hidden(drafts[-1], hidden[:, None], self.draft_cache)[:, 0]
                 self.draft_cache.commit([1] * len(self.text))
         self.draft_cache.rewind(self.drafts - 1)  # true tokens take the place of what was drafted: see _follow
+        self.laws = self._by_row(laws) if laws else {}
         return torch.cat(drafts, 1)
+
+    def _most_ids(self) -> int:
+        return min(self.draft_ids, self.model.config.vocab_size)
+
+    def _by_row(self, laws: list) -> dict[str, Tensor]:
+        """Ids and probabilities of the drafts, ``[B (k + 1), M]``; the last row of a sequence has no draft."""
+        ids, probs = (torch.stack(parts, 1) for parts in zip(*laws, strict=True))
+        ids, probs = (torch.nn.functional.pad(t, (0, 0, 0, 1), value=v) for t, v in ((ids, -1), (probs, 0.0)))
+        return {"draft_ids": ids.flatten(0, 1), "draft_probs": probs.flatten(0, 1)}
 
     def _verify(self, hidden: Tensor, tokens: Tensor) -> tuple[list[int], Tensor]:
         batch, rows = tokens.shape
         proposed = torch.cat([tokens[:, 1:], tokens.new_full((batch, 1), -1)], 1).int().flatten()
         cu_rows = torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=tokens.device)
-        greedy = bool((self.options["temperature"] <= 0).all())
         forced = self.thinking.forced(proposed, cu_rows) if self.thinking else None
         out, counts, *_ = mtp.verify(
-            self.model.logits(hidden).flatten(0, 1), proposed, cu_rows, pos=self._positions(),
-            mode="greedy" if greedy else "coupled", max_drafts=self.drafts, forced_token=forced,
-            eos_ids=self.stop if len(self.stop) else None, **self.options,
+            self.model.logits(hidden).flatten(0, 1), proposed, cu_rows, pos=self._positions(), mode=self.mode,
+            max_drafts=self.drafts, forced_token=forced, eos_ids=self.stop if len(self.stop) else None, **self.laws,
+            **self.options,
         )  # fmt: skip
         return counts.tolist(), out
 

@@ -70,8 +70,24 @@ def test_a_large_batch(model):
     assert generate(model, prompts, 5, stop_ids=(), temperature=1.0, drafts=3).tokens == plain.tokens
 
 
+MODES = {"token": {"mode": "token", **SAMPLED}, "block": {"mode": "block", "temperature": 0.7}}
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_drawn_drafts_are_accepted(obliging, options):
+    result = generate(obliging, PROMPTS, 24, stop_ids=(), drafts=3, **options)
+    assert [len(tokens) for tokens in result.tokens] == [24, 24, 24]
+    assert result.acceptance_length > 1.2
+
+
+@pytest.mark.parametrize("mode", ["token", "block"])
+def test_at_temperature_0_every_mode_is_greedy(model, mode):
+    plain = generate(model, PROMPTS, 8, stop_ids=())
+    assert generate(model, PROMPTS, 8, stop_ids=(), drafts=2, mode=mode).tokens == plain.tokens
+
+
 @pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "coupled"])
+@pytest.mark.parametrize("options", [{}, SAMPLED, *MODES.values()], ids=["greedy", "coupled", *MODES])
 def test_a_request_does_not_see_the_others(model, options, drafts):
     """Alone, in company, in any order: the seed and the prompt alone decide the text."""
     seeds = [11, 12, 13]
@@ -222,6 +238,11 @@ def test_bad_prompts(model, prompts, message):
     with pytest.raises(ValueError) as error:
         generate(model, prompts)
     assert str(error.value) == f"generate: {message}"
+
+
+def test_an_unknown_mode(model):
+    with pytest.raises(ValueError, match="mode must be one of coupled, token, block, got relaxed"):
+        generate(model, [[1]], drafts=1, mode="relaxed")
 
 
 def test_drafts_need_an_mtp_layer():
