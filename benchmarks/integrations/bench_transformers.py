@@ -1,7 +1,7 @@
 """A NemotronH of transformers, unpatched and after `n3kernels.integrations.transformers.enable()`.
 
-Hidden 1024, Mamba heads as Nano's (64 wide, state 128), latent experts in Super's proportions (22 of 128), one attention
-layer; random weights in float32. Prefill of 512 tokens, and generation of 32 tokens from a short prompt.
+Hidden 1024, Mamba heads as Nano's (64 wide, state 128), latent experts in Super's proportions, one attention
+layer; random weights, float32. Prefill of 512 tokens, and generation of 32 tokens from a short prompt.
 """
 
 from __future__ import annotations

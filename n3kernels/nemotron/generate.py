@@ -94,8 +94,8 @@ def generate(
     # A text that is done still feeds drafts + 1 tokens per step, after having ended up to ``drafts`` tokens too long.
     room = max(map(len, prompts)) + max_tokens + 2 * drafts + 1
     run = _Run(
-        model=model, drafts=drafts, mode="greedy" if temperature <= 0 else mode, draft_ids=draft_ids, text=[list(p) for p in prompts],
-        prompt_lengths=[len(p) for p in prompts],
+        model=model, drafts=drafts, mode="greedy" if temperature <= 0 else mode, draft_ids=draft_ids,
+        text=[list(p) for p in prompts], prompt_lengths=[len(p) for p in prompts],
         cache=model.cache(batch, room, drafts), draft_cache=model.draft_cache(batch, room, drafts) if drafts else None,
         options=_options(batch, seed, temperature, top_k, top_p, min_p, device),
         stop=torch.tensor(stop, dtype=torch.int32, device=device), stop_ids=set(stop), thinking=thinking,
