@@ -177,7 +177,9 @@ def by_relaxed(chain: Chain, top: int, delta: float) -> list[int]:
 
 def by_typical(chain: Chain, epsilon: float, delta: float) -> list[int]:
     def plain(i: int) -> int:
-        return chain.rows.emit(chain.first + i, chain.slot, chain.noise.pos + i)[0]
+        token, _, flags = chain.rows.emit(chain.first + i, chain.slot, chain.noise.pos + i)
+        chain.flags |= flags
+        return token
 
     for i, d in enumerate(chain.drafts):
         p = chain.p(i)
