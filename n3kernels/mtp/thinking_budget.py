@@ -112,11 +112,25 @@ class ThinkingBudget:
             self.end_ids, self.end_think_ids, self.newline_bitmask,
         )  # fmt: skip
 
-    def advance(self, tokens: Tensor, num_emitted: Tensor) -> None:
-        """Commits ``tokens[b, : num_emitted[b]]`` to every request b: `verify`'s first two results."""
-        rules = reference.ThinkingRules.make(
+    def suggest(self, drafts: int) -> Tensor:
+        """int32 ``[B, drafts]``: where the next token will be forced, the rest of the string to force, then -1: drafts
+        that verification accepts for certain. Their law is certain too, ``q(d) = 1``."""
+        rules, tail, n = self._rules(), self.committed_tail, self.num_output
+        _, _, wanted = rules.step(tail, n, self.active != 0, rules.begun(tail, n))
+        ahead = torch.arange(drafts, device=tail.device)
+        at = reference.overlap(tail, n, rules.end_ids)[:, None] + ahead
+        padded = torch.nn.functional.pad(rules.end_ids, (0, 1), value=-1)
+        rest = padded.gather(1, at.clamp(max=padded.shape[1] - 1))
+        return torch.where((wanted >= 0)[:, None], rest, -1).to(torch.int32)
+
+    def _rules(self) -> reference.ThinkingRules:
+        return reference.ThinkingRules.make(
             self.budget, self.grace, self.end_ids, self.end_think_ids, self.newline_bitmask
         )
+
+    def advance(self, tokens: Tensor, num_emitted: Tensor) -> None:
+        """Commits ``tokens[b, : num_emitted[b]]`` to every request b: `verify`'s first two results."""
+        rules = self._rules()
         tail, n, thinking = self.committed_tail, self.num_output, self.active != 0
         forcing = rules.begun(tail, n)
         for i in range(tokens.shape[1]):

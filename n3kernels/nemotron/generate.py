@@ -199,8 +199,20 @@ class _Run:
                 hidden = self.model.draft_hidden(drafts[-1], hidden[:, None], self.draft_cache)[:, 0]
                 self.draft_cache.commit([1] * len(self.text))
         self.draft_cache.rewind(self.drafts - 1)  # true tokens take the place of what was drafted: see _follow
-        self.laws = self._by_row(laws) if laws else {}
-        return torch.cat(drafts, 1)
+        proposed, self.laws = torch.cat(drafts, 1), self._by_row(laws) if laws else {}
+        return self._with_forced(proposed) if self.thinking else proposed
+
+    def _with_forced(self, proposed: Tensor) -> Tensor:
+        """The drafts, but what is about to be forced in place of what was drawn, and certain."""
+        hint = self.thinking.suggest(self.drafts)
+        if self.laws:
+            ids, probs = self.laws.values()
+            row = torch.nn.functional.pad(hint, (0, 1), value=-1).flatten()[:, None]
+            certain = torch.arange(ids.shape[1], device=ids.device) == 0
+            ids = torch.where(row >= 0, torch.where(certain, row, -1), ids)
+            probs = torch.where(row >= 0, certain.to(probs.dtype), probs)
+            self.laws = {"draft_ids": ids, "draft_probs": probs}
+        return torch.where(hint >= 0, hint, proposed)
 
     def _most_ids(self) -> int:
         return min(self.draft_ids, self.model.config.vocab_size)

@@ -218,6 +218,18 @@ def test_state_is_advanced_over_committed_tokens():
 
 
 @pytest.mark.op("thinking_budget", "mtp_verify", "sample")
+def test_suggests_the_rest_of_what_is_forced():
+    prompts = [[5, 12, 1010], [5, 12, 1010], [5]]
+    thinking = ThinkingBudget(prompts, [0, 9, 0], end_ids=(20, 21, 22), device=DEVICE)
+    assert thinking.suggest(2).tolist() == [[20, 21], [-1, -1], [-1, -1]]
+    one = torch.ones(3, dtype=torch.int32, device=DEVICE)
+    thinking.advance(torch.tensor([[20], [20], [20]], dtype=torch.int32, device=DEVICE), one)
+    assert thinking.suggest(4).tolist() == [[21, 22, -1, -1], [-1] * 4, [-1] * 4]
+    thinking.advance(torch.tensor([[21, 22]] * 3, dtype=torch.int32, device=DEVICE), 2 * one)
+    assert thinking.suggest(1).tolist() == [[-1], [-1], [-1]]
+    assert thinking.suggest(0).shape == (3, 0)
+
+
 @pytest.mark.parametrize("mode", ["greedy", "coupled"])
 def test_with_verification(backend, mode):
     """Sampling with forced tokens, and verification with drafts and forced tokens: the same text, and it ends its

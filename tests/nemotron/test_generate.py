@@ -159,6 +159,20 @@ def test_thinking_budget(model, budget):
         assert run(drafts) == plain
 
 
+@pytest.mark.parametrize("mode", ["coupled", "token", "block"])
+def test_a_forced_string_comes_in_one_step(model, mode):
+    """What is about to be forced is drafted, and accepted for certain."""
+    end = (NEWLINE, 100, 101, THINK_END)
+    thinking = ThinkingBudget(
+        [[1, 100, THINK, NEWLINE]], 0, end_ids=end, end_think_ids=((THINK_END,),), prompt_think_ids=(THINK, NEWLINE),
+        newline_ids=(NEWLINE,), device=DEVICE,
+    )  # fmt: skip
+    result = generate(
+        model, [[1, 100, THINK, NEWLINE]], 4, temperature=1.0, stop_ids=(), drafts=3, thinking=thinking, mode=mode
+    )
+    assert tuple(result.tokens[0]) == end and result.emitted == [0, 0, 0, 0, 1]
+
+
 # ---------------------------------------------------------------- what the promise rests on
 
 
