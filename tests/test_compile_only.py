@@ -42,9 +42,9 @@ def compile_case(case, arch: int) -> dict[str, object]:
     for i, name in enumerate(names):
         type = case.types.get(name, "constexpr")
         if isinstance(type, tuple):
-            constants |= {(i, j): t for j, t in enumerate(type) if isinstance(t, int)}
+            constants |= {(i, j): t for j, t in enumerate(type) if not isinstance(t, str)}
             attrs |= {(i, j): multiple_of_16 for j, t in enumerate(type) if str(t).endswith(":16")}
-            signature[name] = tuple("constexpr" if isinstance(t, int) else t.partition(":")[0] for t in type)
+            signature[name] = tuple(t.partition(":")[0] if isinstance(t, str) else "constexpr" for t in type)
         else:
             signature[name], _, multiple = type.partition(":")
             if multiple or name in case.aligned or (not case.aligned and type.startswith("*")):

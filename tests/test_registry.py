@@ -30,6 +30,9 @@ UNNAMED = {
 }
 # Operators with kernels that no benchmark names, and why.
 UNMEASURED = {
+    "mtp_commit": "a few integers per request: its time is that of the call, which bench_dispatch measures",
+    "mtp_verify_tree": "the rows are looked at as in mtp_verify, which bench_verify measures",
+    "thinking_budget": "a few integers per row: its time is that of the call, which bench_dispatch measures",
     "nvfp4_embedding": "a lookup of a few rows: its time is that of the call, which bench_dispatch measures",
     "latent_moe_front": "a part of the layer on a GPU, which bench_latent_moe measures whole",
     "latent_moe_tail": "a part of the layer on a GPU, which bench_latent_moe measures whole",

@@ -110,8 +110,9 @@ class Case:
     Every module of kernels has a function ``compile_cases(arch)`` that yields one case for each kernel, dtype and row
     of its configuration table; tests/test_compile_only.py compiles them all for every architecture, without a GPU.
 
-    A tuple of strides has a tuple of types. ``"i32:16"`` is a multiple of 16, and 1 a stride of one: facts which
-    Triton's launcher tells the compiler of every integer that may be specialised, and wide loads need.
+    A tuple, as of strides, has a tuple of types. ``"i32:16"`` is a multiple of 16, and 1 a stride of one: facts which
+    Triton's launcher tells the compiler of every integer that may be specialised, and wide loads need. None is an
+    absent operand.
     """
 
     name: str

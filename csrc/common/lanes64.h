@@ -14,13 +14,7 @@ using HalfF32 = float __attribute__((vector_size(4 * kLanes64)));  // as many fl
 
 N3_LANE_FN F64 splat64(double v) { return v - F64{}; }
 
-// kLanes64 floats, widened; and doubles rounded to floats. No alignment is asked.
-N3_LANE_FN F64 load64(const float* p) {
-  HalfF32 v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, F64);
-}
-
+// Doubles rounded to kLanes64 floats; no alignment is asked.
 N3_LANE_FN void store64(float* p, F64 v) {
   const HalfF32 rounded = __builtin_convertvector(v, HalfF32);
   std::memcpy(p, &rounded, sizeof rounded);

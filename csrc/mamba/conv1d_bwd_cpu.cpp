@@ -45,7 +45,7 @@ class Differentiator {
  public:
   Differentiator(const BackwardParams& b, const Tiles& tiles)
       : b_(b), p_(b.forward), past_(p_.taps.width - 1), step_(std::max(kStep, past_)), ring_(step_ + past_),
-        width_(tiles.width()), size_(mamba::element_size(p_.x.dtype)), taps_(kernels_, p_.taps, width_),
+        width_(tiles.width()), size_(element_size(p_.x.dtype)), taps_(kernels_, p_.taps, width_),
         x_(kernels_, p_.x, step_ + past_, width_), grad_y_(kernels_, b.grad_y, step_, width_),
         history_(past_ * width_ * size_), d_initial_(past_ * width_ * size_), grad_final_raw_(past_ * width_ * size_),
         grad_final_(past_ * width_), dpre_((ring_ + 1) * width_), sums_((p_.taps.width + 1) * width_),
@@ -93,7 +93,7 @@ class Differentiator {
     kernels_.gather[copy_kernel(p_.x.dtype)](columns_of(b_.grad_final, sequence_, tile, 0, past_),
                                              grad_final_raw_.data(), width_);
     for (int64_t i = 0; i < past_; ++i) {
-      kernels_.to_float[mamba::element_of(p_.x.dtype)](row(grad_final_raw_, i), grad_final_.data() + i * width_,
+      kernels_.to_float[element_of(p_.x.dtype)](row(grad_final_raw_, i), grad_final_.data() + i * width_,
                                                        tile.count);
     }
   }
@@ -105,7 +105,7 @@ class Differentiator {
     grad_y_.get(p_.cu_seqlens.data ? s.row * b_.grad_y.strides[1] : sequence_ * b_.grad_y.strides[0], t, count, tile,
                 grad_y_rows_.data());
     for (int64_t i = 0; i < count; ++i) dpre_rows_[i] = dpre(t + i);
-    kernels_.slope[mamba::element_of(p_.x.dtype)]({x_rows_.data(), grad_y_rows_.data(), taps_.weight(), taps_.bias(),
+    kernels_.slope[element_of(p_.x.dtype)]({x_rows_.data(), grad_y_rows_.data(), taps_.weight(), taps_.bias(),
                                                    dpre_rows_.data(), sums, count, tile.count, p_.taps.width,
                                                    taps_.stride(), p_.taps.silu});
   }
@@ -121,7 +121,7 @@ class Differentiator {
       const float* added = next_ >= final ? grad_final_.data() + (next_ - final) * width_ : dpre(-1);
       char* to = next_ < 0 ? row(d_initial_, next_ + past_)
                            : static_cast<char*>(b_.dx) + ((s.row + next_) * p_.taps.channels + tile.first) * size_;
-      kernels_.fir_from_float[mamba::element_of(p_.x.dtype)](
+      kernels_.fir_from_float[element_of(p_.x.dtype)](
           {window_.data(), taps_.weight() + past_ * taps_.stride(), added, to, count, tile.count, p_.taps.width,
            -taps_.stride(), next_ < 0 ? width_ : p_.taps.channels, false});
       next_ = run;
@@ -162,9 +162,9 @@ void add_blocks(const BackwardParams& b, const std::vector<float>& partial, int6
       const int64_t tap = i / taps.channels, c = i % taps.channels;
       const float sum = float(sums[i - begin]);
       if (tap < taps.width) {
-        mamba::set_element(b.dweight, taps.weight.dtype, c * taps.width + tap, sum);
+        set_element(b.dweight, taps.weight.dtype, c * taps.width + tap, sum);
       } else if (b.dbias) {
-        mamba::set_element(b.dbias, taps.bias.dtype, c, sum);
+        set_element(b.dbias, taps.bias.dtype, c, sum);
       }
     }
   });

@@ -42,7 +42,7 @@ struct Piece {
 class Convolver {
  public:
   Convolver(const Params& p, const Tiles& tiles)
-      : p_(p), past_(p.taps.width - 1), width_(tiles.width()), size_(mamba::element_size(p.x.dtype)),
+      : p_(p), past_(p.taps.width - 1), width_(tiles.width()), size_(element_size(p.x.dtype)),
         taps_(kernels_, p.taps, width_), x_(kernels_, p.x, kPiece + past_, width_), history_(past_ * width_ * size_),
         rows_(kPiece + past_) {}
 
@@ -54,7 +54,7 @@ class Convolver {
     for (int64_t i = 0; i < before; ++i) rows_[i] = history_.data() + (piece.first + i) * width_ * size_;
     x_.get(s.offset, piece.first - past_ + before, piece.count + past_ - before, tile, rows_.data() + before);
     char* y = static_cast<char*>(p_.y) + ((s.row + piece.first) * p_.taps.channels + tile.first) * size_;
-    kernels_.fir[mamba::element_of(p_.x.dtype)]({rows_.data(), taps_.weight(), taps_.bias(), y, piece.count, tile.count,
+    kernels_.fir[element_of(p_.x.dtype)]({rows_.data(), taps_.weight(), taps_.bias(), y, piece.count, tile.count,
                                                  p_.taps.width, taps_.stride(), p_.taps.channels, p_.taps.silu});
   }
 
@@ -97,7 +97,7 @@ void convolve(const Params& p, const std::vector<Sequence>& sequences) {
 class Keeper {
  public:
   Keeper(const Params& p, const Tiles& tiles)
-      : p_(p), width_(tiles.width()), size_(mamba::element_size(p.x.dtype)), x_(kernels_, p.x, p.kept, width_),
+      : p_(p), width_(tiles.width()), size_(element_size(p.x.dtype)), x_(kernels_, p.x, p.kept, width_),
         before_((p.kept + 1) * width_ * size_), rows_(p.kept) {}
 
   // The state of the sequence's slot is read once, before the first of its states is written.
@@ -187,7 +187,7 @@ std::vector<Sequence> sequences_of(const Params& p) {
 }
 
 void clear_padding(const Params& p, const std::vector<Sequence>& sequences, int64_t channels, void* y) {
-  const int64_t row_bytes = channels * mamba::element_size(p.x.dtype);
+  const int64_t row_bytes = channels * element_size(p.x.dtype);
   const auto clear = [&](int64_t row, int64_t count) {
     if (count > 0 && row_bytes > 0) std::memset(static_cast<char*>(y) + row * row_bytes, 0, count * row_bytes);
   };

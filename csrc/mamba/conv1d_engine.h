@@ -5,9 +5,9 @@
 #include <cstring>
 #include <vector>
 
+#include "../common/element.h"
 #include "conv1d.h"
 #include "conv1d_kernels.h"
-#include "element.h"
 
 namespace n3::causal_conv1d {
 
@@ -34,7 +34,7 @@ class Tiles {
 inline int copy_kernel(ScalarType dtype) { return dtype == ScalarType::Float ? 0 : 1; }  // gather and scatter
 
 inline char* element_at(const Operand& o, int64_t offset) {
-  return static_cast<char*>(o.data) + offset * mamba::element_size(o.dtype);
+  return static_cast<char*>(o.data) + offset * element_size(o.dtype);
 }
 
 // Inputs first .. first + count of a tile in a slot of a state [slots, C, S].
@@ -69,10 +69,10 @@ class TileTaps {
 
  private:
   void convert(const Operand& o, const Columns& from, float* to) {
-    const int64_t size = mamba::element_size(o.dtype);
+    const int64_t size = element_size(o.dtype);
     kernels_.gather[copy_kernel(o.dtype)](from, raw_.data(), stride_);
     for (int64_t i = 0; i < from.inputs; ++i) {
-      kernels_.to_float[mamba::element_of(o.dtype)](raw_.data() + i * stride_ * size, to + i * stride_, from.channels);
+      kernels_.to_float[element_of(o.dtype)](raw_.data() + i * stride_ * size, to + i * stride_, from.channels);
     }
   }
 
@@ -87,7 +87,7 @@ class TileTaps {
 class TokenRows {
  public:
   TokenRows(const Kernels& kernels, const Operand& x, int64_t most, int64_t width)
-      : kernels_(kernels), x_(x), width_(width), size_(mamba::element_size(x.dtype)),
+      : kernels_(kernels), x_(x), width_(width), size_(element_size(x.dtype)),
         copies_(x.strides[2] == 1 ? 0 : most * width * size_) {}
 
   // `offset`: of the sequence's first token, in elements.

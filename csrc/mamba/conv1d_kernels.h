@@ -33,7 +33,7 @@ struct Columns {
   int64_t channels, inputs, channel_stride, input_stride;
 };
 
-// Indexed by mamba::Element, but gather and scatter: 0 for elements of 4 bytes, 1 for 2; they copy bits.
+// Indexed by Element, but gather and scatter: 0 for elements of 4 bytes, 1 for 2; they copy bits.
 struct Kernels {
   void (*fir[3])(const Fir&);             // x and y of that type
   void (*fir_to_float[3])(const Fir&);    // x of that type, y float: the mixer's

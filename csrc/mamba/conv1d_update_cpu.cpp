@@ -64,9 +64,9 @@ class Updater {
  public:
   // `held`: sequences whose states are held at a time. float_y: y is float32 whatever x is.
   Updater(const UpdateParams& p, const Tiles& tiles, int64_t held, bool float_y)
-      : p_(p), past_(p.taps.width - 1), width_(tiles.width()), size_(mamba::element_size(p.x.dtype)),
+      : p_(p), past_(p.taps.width - 1), width_(tiles.width()), size_(element_size(p.x.dtype)),
         y_size_(float_y ? 4 : size_),
-        fir_((float_y ? kernels_.fir_to_float : kernels_.fir)[mamba::element_of(p.x.dtype)]),
+        fir_((float_y ? kernels_.fir_to_float : kernels_.fir)[element_of(p.x.dtype)]),
         held_rows_(std::max(p.kept, past_)), taps_(kernels_, p.taps, width_), x_(kernels_, p.x, p.tokens, width_),
         held_(held * held_rows_ * width_ * size_), rows_(std::max(p.kept, past_) + p.tokens), window_(p.taps.width) {}
 

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "element.h"
+#include "../common/element.h"
 
 #define N3_LANES 4  // the vectors every x86-64 and AArch64 has
 #include "gated_norm_lanes.h"
@@ -33,9 +33,9 @@ namespace {
 
 namespace norm = n3::gated_norm;
 using n3::Tensor;
-using n3::mamba::Element;
-using n3::mamba::element_of;
-using n3::mamba::element_size;
+using n3::Element;
+using n3::element_of;
+using n3::element_size;
 using n3::mamba::Operand;
 using n3::mamba::OptionalTensor;
 
@@ -56,7 +56,7 @@ class Inputs {
   const float* weight(const Operand& w, int64_t dim) {
     if (w.dtype == n3::ScalarType::Float && w.strides[0] == 1) return static_cast<const float*>(w.data);
     weight_.resize(dim);
-    for (int64_t i = 0; i < dim; ++i) weight_[i] = n3::mamba::float_at(w.data, w.dtype, i * w.strides[0]);
+    for (int64_t i = 0; i < dim; ++i) weight_[i] = n3::float_at(w.data, w.dtype, i * w.strides[0]);
     return weight_.data();
   }
 
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_bwd(const Tensor& grad_y, cons
       for (int64_t i = begin; i < end; ++i) sum[i - begin] += partial[k * p.dim + i];
     }
     for (int64_t i = begin; i < end; ++i) {
-      n3::mamba::set_element(b.dweight, p.weight.dtype, i, float(sum[i - begin]));
+      n3::set_element(b.dweight, p.weight.dtype, i, float(sum[i - begin]));
     }
   });
   return {dx, dz, dweight};

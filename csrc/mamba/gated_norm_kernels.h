@@ -32,7 +32,7 @@ struct BackwardRow {
   bool norm_before_gate;
 };
 
-// Indexed by mamba::Element.
+// Indexed by Element.
 struct Kernels {
   void (*forward[3])(const Row&);             // x, z and y of that type
   void (*forward_from_float[3])(const Row&);  // x float; z and y of that type: the mixer's, whose scan leaves floats

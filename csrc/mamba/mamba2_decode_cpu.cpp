@@ -7,8 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/element.h"
 #include "conv1d_engine.h"
-#include "element.h"
 #include "gated_norm_kernels.h"
 #include "mixer.h"
 #include "ssm_update_call.h"
@@ -25,9 +25,9 @@ Operand floats(float* data, int64_t tokens, int64_t row, int64_t outer, int64_t 
 // Normalises rows of y [B * T, H * P] into `out`; rows of padding are zeros.
 void normalise(const DecodeParams& p, const ssm_update::Problem& ssm, const float* y, void* out) {
   const Mixer& m = p.mixer;
-  const int64_t size = mamba::element_size(p.z.dtype), groups = m.inner / std::max<int64_t>(m.group_size, 1);
+  const int64_t size = element_size(p.z.dtype), groups = m.inner / std::max<int64_t>(m.group_size, 1);
   const std::vector<float> weight = ssm_update::floats_of(m.norm_weight, m.inner);
-  const auto forward = gated_norm::kernels().forward_from_float[mamba::element_of(p.z.dtype)];
+  const auto forward = gated_norm::kernels().forward_from_float[element_of(p.z.dtype)];
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, m.group_size));
   torch::stable::parallel_for(0, ssm.batch * ssm.tokens * groups, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(gated_norm::scratch_floats(m.group_size));

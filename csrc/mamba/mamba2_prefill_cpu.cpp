@@ -10,8 +10,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/element.h"
 #include "conv1d_engine.h"
-#include "element.h"
 #include "gated_norm_kernels.h"
 #include "mixer.h"
 #include "sequences_cpu.h"
@@ -43,8 +43,8 @@ struct Weights {
 class Finish {
  public:
   Finish(const PrefillParams& p, const Weights& weights, void* out)
-      : p_(p), m_(p.mixer), norm_(weights.norm), out_(out), element_(mamba::element_of(p.z.dtype)),
-        size_(mamba::element_size(p.z.dtype)), scratch_(gated_norm::scratch_floats(m_.group_size)) {}
+      : p_(p), m_(p.mixer), norm_(weights.norm), out_(out), element_(element_of(p.z.dtype)),
+        size_(element_size(p.z.dtype)), scratch_(gated_norm::scratch_floats(m_.group_size)) {}
 
   void run(const float* y, const ConvSequence& s, int64_t number, int64_t token, int64_t first, int64_t count) {
     const Operand& o = p_.z;
@@ -57,9 +57,9 @@ class Finish {
       return;
     }
     switch (element_) {
-      case mamba::kFloat: return gate(y, reinterpret_cast<const float*>(z), reinterpret_cast<float*>(to), count);
-      case mamba::kHalf: return gate(y, reinterpret_cast<const Half*>(z), reinterpret_cast<Half*>(to), count);
-      case mamba::kBFloat16: gate(y, reinterpret_cast<const BFloat16*>(z), reinterpret_cast<BFloat16*>(to), count);
+      case kFloat: return gate(y, reinterpret_cast<const float*>(z), reinterpret_cast<float*>(to), count);
+      case kHalf: return gate(y, reinterpret_cast<const Half*>(z), reinterpret_cast<Half*>(to), count);
+      case kBFloat16: gate(y, reinterpret_cast<const BFloat16*>(z), reinterpret_cast<BFloat16*>(to), count);
     }
   }
 
@@ -76,7 +76,7 @@ class Finish {
   const gated_norm::Kernels& kernels_ = gated_norm::kernels();
   const std::vector<float>& norm_;
   void* out_;
-  mamba::Element element_;
+  Element element_;
   int64_t size_;
   std::vector<float> scratch_;
 };
@@ -88,7 +88,7 @@ class GroupMixer final : public ssd_scan::Stage {
  public:
   // `whole`: float32 rows of all channels for y, where the norm comes later; else null.
   GroupMixer(const PrefillParams& p, const Weights& weights, int64_t heads, float* whole, void* out)
-      : p_(p), m_(p.mixer), taps_(weights.taps), past_(m_.width - 1), size_(mamba::element_size(p.conv.x.dtype)),
+      : p_(p), m_(p.mixer), taps_(weights.taps), past_(m_.width - 1), size_(element_size(p.conv.x.dtype)),
         whole_(whole), finish_(p, weights, out), x_(kChunk * heads * m_.head_dim), y_(whole ? 0 : x_.size()),
         B_(kChunk * m_.d_state), C_(B_.size()), history_(past_ * (heads * m_.head_dim + 2 * m_.d_state) * size_),
         rows_(kChunk + past_) {}
@@ -164,7 +164,7 @@ class GroupMixer final : public ssd_scan::Stage {
                              : static_cast<const char*>(o.data) + at * size_;
       }
       const int64_t first = r.channels.first + c, count = std::min(kTile, r.channels.count - c);
-      conv_.fir_to_float[mamba::element_of(o.dtype)]({rows_.data(), taps_.weight() + first, taps_.bias() + first,
+      conv_.fir_to_float[element_of(o.dtype)]({rows_.data(), taps_.weight() + first, taps_.bias() + first,
                                                       r.to + c, n, count, m_.width, tap_stride, r.channels.count,
                                                       p_.conv.taps.silu});
     }

@@ -7,9 +7,9 @@
 #pragma once
 #include <cstdint>
 
-namespace n3::dense_linear {
+#include "../common/element.h"
 
-enum Element { kFloat, kHalf, kBFloat16 };  // of weights, as the index of a kernel in a table of three
+namespace n3::dense_linear {
 
 constexpr int64_t kChains = 8;
 constexpr int64_t kRowTile = 8;  // outputs of a token come in whole tiles of rows
@@ -24,7 +24,7 @@ struct Panel {
 
 enum Activation { kNone, kRelu2, kSilu, kGelu };
 
-struct Kernels {
+struct Kernels {  // tables of three are indexed by Element
   int64_t (*scratch_floats)(int64_t k, int64_t tokens);
   // out[t * whole(rows, kRowTile) + r] = w[r] . x[t]; behind the last row of a token, anything.
   void (*sums[3])(const Panel& panel, const float* const* x, int64_t tokens, float* scratch, float* out);

@@ -45,7 +45,7 @@ const Kernels& kernels() {
 
 // Zeros: tiles read beyond what is written, and a stray bit pattern might be a subnormal, which is slow.
 Buffer<float> zeros(int64_t floats) {
-  auto memory = buffer<float>(std::max<int64_t>(floats, 1) * 4);
+  auto memory = buffer<float>(floats * 4);
   ask_for_huge_pages(memory.get(), floats * 4);
   std::fill_n(memory.get(), floats, 0.f);
   return memory;
@@ -103,7 +103,7 @@ class Run {
   }
 
   void clear(int64_t group) {
-    const int64_t size = element_ == kFloat ? 4 : 2, up = p_.halves * p_.inner * p_.width * size;
+    const int64_t size = element_size(element_), up = p_.halves * p_.inner * p_.width * size;
     std::memset(static_cast<char*>(p_.dup) + group * up, 0, up);
     const int64_t down = p_.inner * p_.width * size;
     if (p_.down) std::memset(static_cast<char*>(p_.ddown) + group * down, 0, down);
@@ -206,7 +206,7 @@ void run(const Problem& p, Element element, const std::vector<Slot>& slots, cons
 }
 
 Buffer<float> row_floats(int64_t count, int64_t width) {
-  auto memory = buffer<float>(std::max<int64_t>(count * width, 1) * 4);
+  auto memory = buffer<float>(count * width * 4);
   ask_for_huge_pages(memory.get(), count * width * 4);
   return memory;
 }
@@ -245,7 +245,7 @@ struct Sorted {
   Sorted(const Params& p, const int32_t* ids, float* dweights) : starts(p.experts + 1) {
     const int64_t count = p.tokens * p.top_k;
     const auto expert_of = [&](int64_t slot) { return ids[slot] - p.first_expert; };
-    const auto here = [&](int64_t slot) { return expert_of(slot) >= 0 && expert_of(slot) < p.experts; };
+    const auto here = [&](int64_t slot) { return ids[slot] >= p.first_expert && expert_of(slot) < p.experts; };
     for (int64_t s = 0; s < count; ++s) {
       if (s % p.top_k == 0) row_starts.push_back(rows.size());
       if (here(s)) {
@@ -276,6 +276,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
   };
   const Tensor dx = output(x), dup = output(w_up), ddown = output(w_down), dweights = output(weights);
   auto* const dweights_data = static_cast<float*>(dweights.mutable_data_ptr());
+  if (f.width == 0) {  // an empty W_down has no address, and none means that there is no W_down
+    std::fill_n(dweights_data, dweights.numel(), 0.f);
+    return {dx, dup, ddown, dweights};
+  }
   const Sorted sorted(f, static_cast<const int32_t*>(data(ids)), dweights_data);
   const auto rows = moe_bwd::row_floats(f.tokens * f.top_k, f.width);
   moe_bwd::Problem p{};
@@ -284,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
   p.dx = rows.get(), p.dup = dup.mutable_data_ptr(), p.ddown = ddown.mutable_data_ptr();
   p.width = f.width, p.inner = f.inner, p.halves = f.activation == moe_experts::Activation::kRelu2 ? 1 : 2;
   p.activation = activation_of(f.activation);
-  const moe_bwd::Element element = moe::element_of(x.scalar_type());
+  const Element element = element_of(x.scalar_type());
   moe_bwd::run(p, element, sorted.slots, sorted.starts);
   moe_bwd::sum_rows(rows.get(), f.width, sorted.rows, sorted.row_starts, element, dx.mutable_data_ptr());
   return {dx, dup, ddown, dweights};

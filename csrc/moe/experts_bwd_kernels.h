@@ -16,9 +16,7 @@
 namespace n3::moe_bwd {
 
 using dense_linear::Activation;  // silu and gelu gate: act(first half) * second half
-using dense_linear::Element;     // of all tensors but weights, dweights and dx
 using enum dense_linear::Activation;
-using enum dense_linear::Element;
 
 constexpr int64_t kBlockSlots = 128;  // most slots of a block: products over it read the weights once
 
@@ -56,7 +54,7 @@ struct WeightRows {
   bool begin, end;            // of the group's slots
 };
 
-struct Kernels {
+struct Kernels {  // tables of three are indexed by the Element of all tensors but weights, dweights and dx
   int64_t (*block_floats)(const Problem& p, int64_t slots);
   int64_t (*scratch_floats)(const Problem& p, int64_t slots);
   // Writes the dx and dweights of a block's slots and fills its memory.

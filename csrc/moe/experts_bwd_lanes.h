@@ -131,7 +131,7 @@ class Ahead {
     const int64_t n = std::min(burst_, left_);
     left_ -= n;
     for (int64_t i = 0; i < n; ++i, p_ += step_) {
-      for (int64_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(p_ + byte);
+      for (int64_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(p_ + byte, 0, 2);
     }
   }
 

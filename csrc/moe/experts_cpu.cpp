@@ -16,16 +16,18 @@ namespace {
 
 namespace dense = n3::dense_linear;
 using n3::buffer;
+using n3::Element;
+using n3::element_size;
 using n3::for_items;
 using n3::moe::Batch;
 using n3::moe::DenseProduct;
-using n3::moe::Element;
 using n3::moe::Nvfp4Product;
 using n3::moe_experts::op;
 using n3::moe_experts::OptionalTensor;
 using n3::moe_experts::Params;
 using torch::stable::Tensor;
 
+constexpr int64_t kBatchesPerThread = 4;           // from here on a batch goes through both products on one thread
 constexpr int64_t kRowFloats = int64_t(1) << 25;  // most floats of slot outputs kept at a time: 128 MiB
 
 // ---- sorting
@@ -81,7 +83,7 @@ void run_group(const Params& p, Element element, const Product& up, const Produc
   const dense::Kernels& kernels = dense::kernels();
   const dense::Activation activation = activation_of(p);
   const int64_t first = batches[0].begin, count = n3::moe::positions_of(batches);
-  const int64_t width_bytes = p.width * n3::moe::bytes_of(element), ld = dense::whole(p.inner, dense::kChains);
+  const int64_t width_bytes = p.width * element_size(element), ld = dense::whole(p.inner, dense::kChains);
   const auto hidden = buffer<float>(count * ld * 4);
 
   const auto x_of = [&](int64_t position) -> const void* {
@@ -98,13 +100,13 @@ void run_group(const Params& p, Element element, const Product& up, const Produc
     std::copy_n(h, n, rows + sorted.order[position] * p.width + r);
   };
   multiply(up, activation != dense::kRelu2, batches, up.inputs(batches, {element, false}, x_of), keep_hidden);
-  multiply(down, false, batches, down.inputs(batches, {dense::kFloat, true}, hidden_of), keep_row);
+  multiply(down, false, batches, down.inputs(batches, {n3::kFloat, true}, hidden_of), keep_row);
 }
 
 // y of some tokens from their slots' rows.
 void combine(const Params& p, Element element, const Tokens& tokens, const float* rows) {
   const dense::Kernels& kernels = dense::kernels();
-  const int64_t width_bytes = p.width * n3::moe::bytes_of(element);
+  const int64_t width_bytes = p.width * element_size(element);
   for_items(tokens.count, tokens.count * p.top_k * p.width * n3::moe::kCopyWork, [&](const auto& take) {
     const auto sum = buffer<float>(p.width * 4);
     for (int64_t t = take(); t < tokens.count; t = take()) {
@@ -130,9 +132,18 @@ void run(const Params& p, Element element) {
   for (int64_t first = 0; first < p.tokens; first += most) {
     const Tokens tokens{first, std::min(most, p.tokens - first)};
     const Sorted sorted = sort_slots(p, tokens, Product::kMostTokens);
-    n3::moe::for_runs(sorted.batches, [&](std::span<const Batch> batches) {
+    const auto run_some = [&](std::span<const Batch> batches) {
       run_group(p, element, up, down, tokens, sorted, batches, rows.get());
-    });
+    };
+    const std::span<const Batch> batches = sorted.batches;
+    const int64_t count = int64_t(batches.size());
+    if (count < kBatchesPerThread * torch::stable::get_num_threads()) {
+      n3::moe::for_runs(batches, run_some);
+    } else {  // what lies between the products stays in a core's cache
+      for_items(count, count * p.up.n * p.up.k, [&](const auto& take) {
+        for (int64_t i = take(); i < count; i = take()) run_some(batches.subspan(i, 1));
+      });
+    }
     combine(p, element, tokens, rows.get());
   }
 }
@@ -159,7 +170,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, co
   p.weights = static_cast<const float*>(data(weights));
   p.valid_tokens = valid_tokens ? static_cast<const int32_t*>(data(*valid_tokens)) : nullptr;
   p.y = y.mutable_data_ptr();
-  const Element element = n3::moe::element_of(x.scalar_type());
+  const Element element = n3::element_of(x.scalar_type());
   p.dense ? run<DenseProduct>(p, element) : run<Nvfp4Product>(p, element);
   return y;
 }

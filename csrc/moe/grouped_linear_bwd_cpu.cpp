@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   p.width = f.k, p.inner = f.outputs, p.halves = f.outputs < f.n ? 2 : 1;
   p.activation = activation_of(f.activation);
   const Sorted sorted(f);
-  const moe_bwd::Element element = moe::element_of(x.scalar_type());
+  const Element element = element_of(x.scalar_type());
   moe_bwd::run(p, element, sorted.slots, sorted.starts);
   moe_bwd::sum_rows(rows.get(), f.k, sorted.rows, sorted.row_starts, element, dx.mutable_data_ptr());
   return {dx, dw, dscale};

@@ -14,12 +14,12 @@
 namespace {
 
 namespace dense = n3::dense_linear;
+using n3::Element;
 using n3::grouped_linear::op;
 using n3::grouped_linear::OptionalTensor;
 using n3::grouped_linear::Params;
 using n3::moe::Batch;
 using n3::moe::DenseProduct;
-using n3::moe::Element;
 using n3::moe::Nvfp4Product;
 using torch::stable::Tensor;
 
@@ -64,7 +64,7 @@ template <typename Product>
 void run(const Params& p, Element element) {
   const dense::Kernels& kernels = dense::kernels();
   const dense::Activation activation = activation_of(p);
-  const int64_t size = n3::moe::bytes_of(element);
+  const int64_t size = n3::element_size(element);
   const Product product({p.w, p.block_scale, p.global_scale, element, p.n, p.k});
   const Live live = live_rows(p, p.outputs * size, Product::kMostTokens);
   const auto x_of = [&](int64_t position) -> const void* {
@@ -100,7 +100,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, c
   p.global_scale = global_scale ? static_cast<const float*>(data(*global_scale)) : nullptr;
   p.row_scale = row_scale ? static_cast<const float*>(data(*row_scale)) : nullptr;
   p.y = y.mutable_data_ptr();
-  const Element element = n3::moe::element_of(x.scalar_type());
+  const Element element = n3::element_of(x.scalar_type());
   p.dense ? run<DenseProduct>(p, element) : run<Nvfp4Product>(p, element);
   return y;
 }

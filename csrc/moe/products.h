@@ -8,27 +8,15 @@
 #include <vector>
 
 #include "../common/buffer.h"
-#include "../common/check.h"
+#include "../common/element.h"
 #include "../common/threads.h"
 #include "../nvfp4/linear_engine.h"
 #include "dense_kernels.h"
 
 namespace n3::moe {
 
-using dense_linear::Element;
-
 constexpr int64_t kGroupSlots = 1024;  // positions whose inputs and results are kept at a time, about
 constexpr int64_t kCopyWork = 8;       // multiply-adds in the time of converting or adding one float
-
-inline Element element_of(ScalarType dtype) {
-  switch (dtype) {  // the checks let nothing else through
-    case ScalarType::Float: return dense_linear::kFloat;
-    case ScalarType::Half: return dense_linear::kHalf;
-    default: return dense_linear::kBFloat16;
-  }
-}
-
-inline int64_t bytes_of(Element element) { return element == dense_linear::kFloat ? 4 : 2; }
 
 // Positions begin .. begin + size of one group.
 struct Batch {
@@ -95,7 +83,7 @@ class DenseProduct {
   int64_t k() const { return weights_.k; }
 
   int64_t panel_rows(int64_t) const {
-    const int64_t row_bytes = std::max<int64_t>(k(), 1) * bytes_of(weights_.element), tile = dense_linear::kRowTile;
+    const int64_t row_bytes = std::max<int64_t>(k(), 1) * element_size(weights_.element), tile = dense_linear::kRowTile;
     return std::clamp(kPanelBytes / row_bytes / tile * tile, tile, kMostRows);
   }
   int64_t row_stride(int64_t rows) const { return dense_linear::whole(rows, dense_linear::kRowTile); }
@@ -107,7 +95,7 @@ class DenseProduct {
     const int64_t count = positions_of(batches), first = batches[0].begin;
     const int64_t ld = dense_linear::whole(k(), dense_linear::kChains);
     Inputs in{first, std::vector<const float*>(count), {}};
-    if (kind.padded || (kind.element == dense_linear::kFloat && k() == ld)) {
+    if (kind.padded || (kind.element == kFloat && k() == ld)) {
       for (int64_t i = 0; i < count; ++i) in.rows[i] = float_row(row_of(first + i));
       return in;
     }
@@ -124,7 +112,7 @@ class DenseProduct {
 
   // out[t * row_stride(rows) + r] of weight rows row .. row + rows of the batch's group.
   void sums(const Batch& batch, int64_t row, int64_t rows, const Inputs& in, void* scratch, float* out) const {
-    const int64_t offset = (batch.group * n() + row) * k() * bytes_of(weights_.element);
+    const int64_t offset = (batch.group * n() + row) * k() * element_size(weights_.element);
     const dense_linear::Panel panel{static_cast<const char*>(weights_.w) + offset, rows, k()};
     const float* const* x = in.rows.data() + (batch.begin - in.first);
     kernels_.sums[weights_.element](panel, x, batch.size, static_cast<float*>(scratch), out);
@@ -177,8 +165,8 @@ class Nvfp4Product {
         float* tile = in.packed.get() + (tiles[i].begin - in.first) * floats;
         for (int64_t t = 0; t < tiles[i].size; ++t) {
           const void* from = row_of(tiles[i].begin + t);
-          if (kind.element != dense_linear::kFloat) widen(from, k(), row.get());
-          const float* x = kind.element == dense_linear::kFloat ? float_row(from) : row.get();
+          if (kind.element != kFloat) widen(from, k(), row.get());
+          const float* x = kind.element == kFloat ? float_row(from) : row.get();
           kernels_.pack(x, k(), tiles[i].size, t, tile);
         }
       }

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/element.h"
+
 #define N3_LANES 4  // the vectors every x86-64 and AArch64 has
 #include "route_lanes.h"
 
@@ -35,8 +37,8 @@ namespace {
 namespace route = n3::moe_route;
 using n3::ScalarType;
 using n3::Tensor;
-using n3::mamba::element_of;
-using n3::mamba::element_size;
+using n3::element_of;
+using n3::element_size;
 using route::OptionalTensor;
 
 constexpr int64_t kGrain = 1 << 14;  // logits of a thread at least: some 20 us

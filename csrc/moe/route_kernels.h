@@ -33,7 +33,7 @@ struct BackwardRows {
   int64_t tokens;
 };
 
-// Indexed by mamba::Element: the type of the logits.
+// Indexed by Element: the type of the logits.
 struct Kernels {
   void (*forward[3])(const Options&, const Rows&);
   void (*backward[3])(const Options&, const BackwardRows&);

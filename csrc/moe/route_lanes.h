@@ -6,7 +6,6 @@
 // Softmax and groups need every score, and every score is exact there.
 #pragma once
 #include "../common/lanes64.h"
-#include "../mamba/element.h"
 #include "route_kernels.h"
 
 namespace n3::moe_route {

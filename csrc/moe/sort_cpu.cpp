@@ -17,8 +17,8 @@ constexpr int64_t kGrain = 1 << 14;  // slots of a thread at least: some 20 us
 
 // The group of a slot: its local expert, or behind them.
 int64_t group_of(const sort::Params& p, int32_t id) {
-  const uint64_t local = uint64_t(int64_t(id) - p.first);  // below the first: huge
-  return int64_t(std::min<uint64_t>(local, uint64_t(p.experts)));
+  const uint64_t local = uint64_t(int64_t(id)) - uint64_t(p.first);  // below the first: huge
+  return int64_t(std::min(local, uint64_t(p.experts)));
 }
 
 // A stable counting sort. The slots are cut into `chunks`; next[chunk][group] is first how many slots the chunk has of

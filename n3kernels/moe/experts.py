@@ -174,7 +174,7 @@ def _backward(ctx, grad_y):
     return dx, dw_up, dw_down, None, dweights, None, None, None, None, None
 
 
-_LATER = "arrives with the moe family"
+_LATER = "not written yet"
 _dispatch.register(
     "moe_experts",
     check=_check,

@@ -159,7 +159,7 @@ def _backward(ctx, grad_y):
     return dx, dw, None, None, None if row_scale is None else dscale, None, None
 
 
-_LATER = "arrives with the moe family"
+_LATER = "not written yet"
 _dispatch.register(
     "grouped_linear",
     check=_check,

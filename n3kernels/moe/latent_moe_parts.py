@@ -118,7 +118,7 @@ def _fake_tail(y, fc2, shared, shared_down, residual=None):
     return y.new_empty((y.shape[0], shared_down.shape[0]))
 
 
-_LATER = "arrives with the moe family"
+_LATER = "not written yet"
 _ON_CPU = "torch's products serve the layer on the CPU; this operator is there to save a GPU launches"
 _dispatch.register(
     "latent_moe_front",

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference_verify
+from ._supports import not_float64
 from .sample import check_logits, check_slots
 from .verify import MAX_DRAFT_IDS
 
@@ -71,11 +72,13 @@ def _fake(logits, seed, pos, *, max_ids, **options):
     )
 
 
-_LATER = "arrives with the mtp family"
+_LATER = "not written yet"
 _dispatch.register(
     "mtp_draft_sample",
     check=_check,
     fake=_fake,
     reference=reference_verify.mtp_draft_sample,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mtp.draft_sample:mtp_draft_sample",
+    supports={"cpu": not_float64, "triton": not_float64},
+    missing={"cuda": _LATER},
 )

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference
+from ._supports import not_float64
 
 __all__ = ["sample"]
 
@@ -149,11 +150,13 @@ def _fake(logits, seed, pos, **options):
     )
 
 
-_LATER = "arrives with the mtp family"
+_LATER = "not written yet"
 _dispatch.register(
     "sample",
     check=_check,
     fake=_fake,
     reference=reference.sample,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mtp.sample:sample",
+    supports={"cpu": not_float64, "triton": not_float64},
+    missing={"cuda": _LATER},
 )

@@ -190,11 +190,12 @@ def _fake(draft_tokens, *rest):
     return draft_tokens.new_empty(draft_tokens.shape[0], dtype=torch.int32)
 
 
-_LATER = "arrives with the mtp family"
+_LATER = "not written yet"
 _dispatch.register(
     "thinking_budget",
     check=_check,
     fake=_fake,
     reference=reference.thinking_budget,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mtp.thinking_budget:thinking_budget",
+    missing={"cuda": _LATER},
 )

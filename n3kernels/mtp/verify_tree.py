@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference_verify
+from ._supports import not_float64
 from .sample import check_edits, check_logits, check_slots
 from .verify import check_laws
 
@@ -113,11 +114,12 @@ def _fake(logits, node_tokens, parents, cu_rows, seed, pos, *, max_depth, **opti
     )
 
 
-_LATER = "arrives with the mtp family"
+_LATER = "not written yet"
 _dispatch.register(
     "mtp_verify_tree",
     check=_check,
     fake=_fake,
     reference=reference_verify.mtp_verify_tree,
-    missing={"cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    supports={"cpu": not_float64},
+    missing={"triton": _LATER, "cuda": _LATER},
 )

@@ -117,6 +117,24 @@ def test_an_infinite_gradient_does_not_pass_a_closed_relu():
     assert not dx.any() and not dup.any()
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 2], [2, 0, 1]])
+def test_a_token_adds_its_slots_in_their_order(ids):
+    """Slots of 2^30, -2^30 and 1: in order they leave 1, whatever order the experts are in; else 0."""
+    one, terms = torch.ones(1, 1), torch.tensor([[2.0**30, -(2.0**30), 1.0]])
+    ones, ids = torch.ones(3, 2, 1), torch.tensor([ids], dtype=torch.int32)
+    gate = torch.tensor([1.0, 0.0]).view(1, 2, 1)  # relu2'(1) = 2, and the other row is closed
+    dx, *_ = backward((one, one, ones * gate, torch.ones(3, 1, 2), ids, terms / 2, "relu2", 0))
+    assert dx.item() == 1
+
+
+def test_a_row_that_is_gathered_often_adds_up_in_order():
+    factors, one, w = torch.tensor([2.0**30, -(2.0**30), 1.0]), torch.ones(1, 1), torch.ones(2, 1, 1)
+    offsets, gather = torch.tensor([0, 1, 3], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    with n3kernels.use_backend("cpu"):
+        dx, *_ = torch.ops.n3.grouped_linear_bwd(torch.ones(3, 1), one, w, offsets, gather, factors, None)
+    assert dx.item() == 1
+
+
 def test_few_slots_of_many_experts():
     """Each of 22 experts has one slot, the others none: zeros, even where the memory was not."""
     ids = torch.randperm(128, dtype=torch.int32)[:22].view(1, 22)

@@ -94,6 +94,17 @@ def test_an_idle_expert_has_no_gradient(backend):
     assert not dweights[(ids < 0) | (ids > 3)].any()
 
 
+@pytest.mark.parametrize("width, inner", [(0, 29), (29, 0), (0, 0)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_empty_sizes(backend, width, inner, activation):
+    """There is nothing to learn, and no tensor's address to go by: an empty W_down is there all the same."""
+    x, ids = torch.randn(8, width, device=DEVICE), torch.zeros(8, 3, dtype=torch.int32, device=DEVICE)
+    w_up = torch.randn(2, inner * (1 if activation == "relu2" else 2), width, device=DEVICE)
+    w_down, weights = torch.randn(2, width, inner, device=DEVICE), torch.randn(8, 3, device=DEVICE)
+    for grad, t in zip(backward(x, x, w_up, w_down, ids, weights, activation), (x, w_up, w_down, weights), strict=True):
+        assert grad.shape == t.shape and not grad.any()
+
+
 def test_skipped_slots_read_nothing(backend):
     """Whatever their weight is; and the tokens and gradients of rows without a local slot may be NaN."""
     x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 2, "silu", torch.float32)

@@ -83,6 +83,17 @@ def test_padding_with_zeros_changes_nothing(backend):
     torch.testing.assert_close(padded, y, rtol=1e-5, atol=1e-6)
 
 
+@takes_dense
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_empty_sizes(backend, activation):
+    for width, inner in ((0, 5), (5, 0), (0, 0)):
+        x, ids = torch.randn(3, width, device=DEVICE), torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
+        w_up = torch.randn(2, inner * (1 if activation == "relu2" else 2), width, device=DEVICE)
+        w_down, weights = torch.randn(2, width, inner, device=DEVICE), torch.randn(3, 2, device=DEVICE)
+        y = experts(x, w_up, w_down, ids, weights, activation=activation)
+        assert y.shape == x.shape and not y.any()
+
+
 def test_zero_routing_weights(backend, form):
     x, w_up, w_down, ids, weights, options = inputs(9, 3, 4, 32, 48, 0, "relu2", torch.bfloat16, form)
     assert not experts(x, w_up, w_down, ids, torch.zeros_like(weights), **options).any()

@@ -141,6 +141,22 @@ def test_threads_do_not_show(shape):
     assert all(torch.equal(results[0], result) for result in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [1, 13])
+def test_scratch_memory_may_hold_anything(inner, dtype):
+    """Rows are completed to whole chunks of 8: with zeros, for zero times what was there before may be NaN."""
+    import n3kernels
+
+    x, weights, ids = torch.randn(9, 13).to(dtype), torch.randn(9, 2), torch.randint(0, 3, (9, 2), dtype=torch.int32)
+    w_up, w_down = torch.randn(3, 2 * inner, 13).to(dtype), torch.randn(3, 13, inner).to(dtype)
+    with n3kernels.use_backend("cpu"):
+        for floats in (100, 300, 1000):
+            junk = [torch.full((floats,), torch.nan) for _ in range(300)]
+            del junk  # to be handed out again
+            y = torch.ops.n3.moe_experts(x, w_up, w_down, ids, weights, activation="silu")
+            assert not y.isnan().any()
+
+
 if __name__ == "__main__":
     for name, digest in digests().items():
         print(f"{name} = {digest}")

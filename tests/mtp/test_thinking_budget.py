@@ -127,7 +127,12 @@ def test_agrees_with_the_official_processor(backend, seed, count, max_drafts, ru
         right = rng.randint(0, k)
         return truth[b][at : at + right] + [rng.choice([-1, 5, 7, 8, truth[b][at + i]]) for i in range(right, k)]
 
-    decode(requests, drafts, length=16)
+    decode(requests, drafts, length=4 if interpreted(backend) else 16)
+
+
+def interpreted(backend: str) -> bool:
+    """Triton's interpreter takes milliseconds for a row."""
+    return backend == "triton" and DEVICE == "cpu"
 
 
 def compositions(n: int):
@@ -142,6 +147,8 @@ def compositions(n: int):
 def test_every_split_of_the_end_string(backend, end_ids, budget):
     """The end string over every possible boundary of calls, one request for each, with drafts that are always right:
     forced to the end, and free after it."""
+    if interpreted(backend) and (budget or len(end_ids) > 2):
+        pytest.skip("thousands of rows in Triton's interpreter")
     request = Request(1, budget=budget, grace=1, end_ids=end_ids, says=(1, 2, 3, 8))
     truth, forced = request.plain(30)
     first = next(i for i, f in enumerate(forced) if f >= 0)

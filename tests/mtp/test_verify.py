@@ -81,14 +81,16 @@ LENGTH = 8
 def test_coupled_is_plain_decoding(backend, seed, params, requests, max_drafts):
     """Any drafter, any number of drafts, any slot, with padding requests: the tokens and log-probabilities of plain
     decoding with the same seed, bit for bit."""
-    rng = random.Random(seed)
+    rng, length = random.Random(seed), LENGTH
+    if backend == "triton" and DEVICE == "cpu":  # whose interpreter takes twenty milliseconds for a row
+        requests, length, max_drafts = 1, 2, min(max_drafts, 2)
     models = [Model(seed + i, **params) for i in range(requests)]
-    truth = [model.plain(LENGTH + max_drafts + 1) for model in models]
+    truth = [model.plain(length + max_drafts + 1) for model in models]
     outputs = [[] for _ in models]
-    while min(map(len, outputs)) < LENGTH:
+    while min(map(len, outputs)) < length:
         n_slots = requests + rng.randint(0, 3)
         slots = rng.sample(range(n_slots), requests)
-        batch = [row for row in zip(models, outputs, slots, strict=True) if len(row[1]) < LENGTH]
+        batch = [row for row in zip(models, outputs, slots, strict=True) if len(row[1]) < length]
         batch += [(models[0], [], -1)] * rng.randint(0, 2)
         rng.shuffle(batch)
         drafts = [
@@ -119,7 +121,7 @@ def test_coupled_is_plain_decoding(backend, seed, params, requests, max_drafts):
             row += len(drafts[b]) + 1
             batch_outputs[b] += tokens[b, :count].tolist()
     for output, (want, _) in zip(outputs, truth, strict=True):
-        assert output[:LENGTH] == want[:LENGTH]
+        assert output[:length] == want[:length]
 
 
 @given(st.integers(0, 10**6), st.integers(0, 4), st.integers(1, 4))
@@ -238,6 +240,8 @@ def test_empty(backend, b, n):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT], ids=str)
 def test_published_shape(backend, dtype):
     """V = 131072, three drafts, top-p: rows are those of `sample`; padded logits, in any mode."""
+    if backend == "triton" and DEVICE == "cpu" and dtype == FLOAT:
+        pytest.skip("as bfloat16; seconds in Triton's interpreter")
     logits = (4 * torch.randn(8, 131072 + 64, device=DEVICE)).to(dtype)[:, :131072]
     seed, params = tensor([3, 4], LONG), {"temperature": tensor([0.8, 1.0], FLOAT), "top_p": tensor([0.95, 0.9], FLOAT)}
     slot, pos = tensor([0] * 4 + [1] * 4, INT), tensor([10, 11, 12, 13, 20, 21, 22, 23], LONG)
@@ -329,14 +333,12 @@ def test_a_smaller_vocabulary_of_the_drafter(backend, mode):
     words = tensor([4, 0, 2], INT)
     logits, own = torch.randn(2, 6), torch.randn(2, 3)
     sparse = {"draft_ids": tensor([[0, 1, 2]] * 2, INT), "draft_probs": own.softmax(1).to(DEVICE)}
+    dense = [] if backend == "triton" else [{"draft_logits": own.to(DEVICE)}]  # the reference serves dense laws there
     for draft in (4, 0, 2):
-        got = [
-            outcome(logits, [draft], mode=mode, draft_vocab=words, **laws)
-            for laws in (sparse, {"draft_logits": own.to(DEVICE)})
-        ]
+        got = [outcome(logits, [draft], mode=mode, draft_vocab=words, **laws) for laws in (sparse, *dense)]
         mapped = outcome(logits, [draft], mode=mode, draft_probs=sparse["draft_probs"],
                              draft_ids=words[sparse["draft_ids"].long()])  # fmt: skip
-        assert got[0][:2] == got[1][:2] == mapped[:2]
+        assert all(g[:2] == mapped[:2] for g in got)
 
 
 def test_lossy_modes(backend):

@@ -1,5 +1,8 @@
 """What the mtp kernels compute alike: random numbers, order-preserving keys and weights.
 
+The interpreter turns a boolean scalar into integers where it meets a vector, which no load takes for a mask: masks are
+comparisons of vectors, with a bound that a scalar moves.
+
 The random words are bit for bit those of n3kernels/_philox.py. Probabilities: one weight ``exp((x - top) / T)`` is
 float32, masses and what decides are float64.
 """
@@ -8,13 +11,13 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..common import device_function
+from ..common import INTERPRET, device_function
 from ..mamba.numerics import philox4x32
 
 __all__ = [
     "ACCEPT", "DRAFT", "EPSILON", "FLT_MAX", "INF", "NOWHERE", "RESIDUAL", "TARGET", "TILE", "TILE_STREAM",
-    "any_bits", "first_of", "gumbel", "key_of", "next_above", "quad_words", "uniform", "uniform53", "value_of",
-    "weight", "weight64", "word_of", "words",
+    "any_bits", "first_of", "gumbel", "key_of", "largest", "next_above", "quad_words", "smallest", "total", "uniform",
+    "uniform53", "value_of", "weight", "weight64", "word_of", "words",
 ]  # fmt: skip
 
 DRAFT, ACCEPT, TARGET, RESIDUAL, TILE_STREAM = (tl.constexpr(i) for i in range(5))
@@ -74,6 +77,35 @@ def uniform53(seed, pos, STREAM: tl.constexpr):
     return (high * 67108864.0 + low + 0.5) * 1.1102230246251565e-16  # 2^26, 2^-53
 
 
+# ---------------------------------------------------------------- reductions
+#
+# Triton's own are jitted functions, which the interpreter takes half a millisecond to enter.
+
+
+@device_function
+def largest(x, axis: tl.constexpr = 0):
+    if INTERPRET:
+        return tl.reduce(x, axis, tl.standard._elementwise_max)
+    else:
+        return tl.max(x, axis=axis)
+
+
+@device_function
+def smallest(x, axis: tl.constexpr = 0):
+    if INTERPRET:
+        return tl.reduce(x, axis, tl.standard._elementwise_min)
+    else:
+        return tl.min(x, axis=axis)
+
+
+@device_function
+def total(x, axis: tl.constexpr = 0):
+    if INTERPRET:
+        return tl.reduce(x, axis, tl.standard._sum_combine)
+    else:
+        return tl.sum(x, axis=axis)
+
+
 # ---------------------------------------------------------------- order
 
 
@@ -100,16 +132,16 @@ def next_above(bound):
 @device_function
 def first_of(hits, index):
     """The lowest index that is hit; NOWHERE if none is."""
-    return tl.min(tl.where(hits, index, NOWHERE), axis=0)
+    return smallest(tl.where(hits, index, NOWHERE))
 
 
 @device_function
 def any_bits(flags):
     """Bitwise or of the five flags of a vector."""
-    total = tl.max(flags & 1, axis=0)
+    bits = largest(flags & 1)
     for i in tl.static_range(1, 5):
-        total |= tl.max(flags & (1 << i), axis=0)
-    return total
+        bits |= largest(flags & (1 << i))
+    return bits
 
 
 # ---------------------------------------------------------------- weights

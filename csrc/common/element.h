@@ -1,9 +1,9 @@
 // The element types of activations and weights, as the index of a CPU kernel in a table of three.
 #pragma once
-#include "../common/check.h"
-#include "../common/cpu.h"
+#include "check.h"
+#include "cpu.h"
 
-namespace n3::mamba {
+namespace n3 {
 
 enum Element { kFloat, kHalf, kBFloat16 };
 
@@ -15,7 +15,8 @@ inline Element element_of(ScalarType dtype) {
   }
 }
 
-inline int64_t element_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+inline int64_t element_size(Element element) { return element == kFloat ? 4 : 2; }
+inline int64_t element_size(ScalarType dtype) { return element_size(element_of(dtype)); }
 
 // Element i of a tensor's data as a float.
 inline float float_at(const void* data, ScalarType dtype, int64_t i) {
@@ -36,4 +37,4 @@ inline void set_element(void* data, ScalarType dtype, int64_t i, float v) {
   }
 }
 
-}  // namespace n3::mamba
+}  // namespace n3
