@@ -104,9 +104,9 @@ class Run {
 
   void clear(int64_t group) {
     const int64_t size = element_size(element_), up = p_.halves * p_.inner * p_.width * size;
-    std::memset(static_cast<char*>(p_.dup) + group * up, 0, up);
+    std::fill_n(static_cast<char*>(p_.dup) + group * up, up, char(0));  // memset asks for memory even of no size
     const int64_t down = p_.inner * p_.width * size;
-    if (p_.down) std::memset(static_cast<char*>(p_.ddown) + group * down, 0, down);
+    if (p_.down) std::fill_n(static_cast<char*>(p_.ddown) + group * down, down, char(0));
   }
 
   // Blocks of one group in a round; begin, end: of the group's slots.

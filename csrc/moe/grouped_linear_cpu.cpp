@@ -2,7 +2,7 @@
 // sums of a panel are in the cache.
 #include "grouped_linear.h"
 
-#include <cstring>
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -32,7 +32,7 @@ struct Live {
 Live live_rows(const Params& p, int64_t row_bytes, int64_t most) {
   Live live;
   const auto clear = [&](int64_t begin, int64_t end) {
-    std::memset(static_cast<char*>(p.y) + begin * row_bytes, 0, (end - begin) * row_bytes);
+    std::fill_n(static_cast<char*>(p.y) + begin * row_bytes, (end - begin) * row_bytes, char(0));
   };
   clear(0, p.offsets[0]);
   for (int64_t g = 0; g < p.groups; ++g) {
