@@ -54,9 +54,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, of few rows each with bits of its own: by one group of n3's product, which reads the weight
     once, or row by row where only ``F.linear`` is left, whose order of summation depends on the number of rows."""
     rows = x.reshape(-1, x.shape[-1])
-    if not _few(len(rows)):
+    if not _few(rows.shape[0]):
         return F.linear(x, weight)
-    args = rows, weight[None], _one_group(len(rows), x.device)
+    args = rows, weight[None], _one_group(rows.shape[0], x.device)
     if serving("grouped_linear", *args) == "cpu":
         return n3.grouped_linear(*args).unflatten(0, x.shape[:-1])
     return by_row(lambda row: F.linear(row, weight), x)
@@ -235,10 +235,12 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         gate = self.gate.weight.float()
         logits = product(flat.float(), gate)
-        ids, weights, self.load, _ = n3.moe_route(  # load: tokens per expert, which training balances
+        ids, weights, load, _ = n3.moe_route(
             logits, self.gate.e_score_correction_bias, top_k=c.num_experts_per_tok, n_group=c.n_group,
             topk_group=c.topk_group, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
         )  # fmt: skip
+        if self.training:
+            self.load = load  # tokens per expert, which training balances
         inner = self.fc1_latent_proj(flat) if c.moe_latent_size else flat
         y = self.experts(inner, ids, weights)
         y = self.fc2_latent_proj(y) if c.moe_latent_size else y
