@@ -7,7 +7,9 @@ from .latent_moe import latent_moe
 from .latent_moe_parts import latent_moe_front, latent_moe_tail
 from .route import route
 from .sort import sort
+from .upcycle import Upcycled, upcycle
 
 __all__ = [
-    "ExpertParallel", "experts", "grouped_linear", "latent_moe", "latent_moe_front", "latent_moe_tail", "route", "sort",
+    "ExpertParallel", "Upcycled", "experts", "grouped_linear", "latent_moe", "latent_moe_front", "latent_moe_tail",
+    "route", "sort", "upcycle",
 ]  # fmt: skip
