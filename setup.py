@@ -8,6 +8,7 @@ Environment variables:
     N3_CUTLASS_DIR a CUTLASS checkout; default: the headers of the nvidia-cutlass package.
     MAX_JOBS       compile jobs at a time (default: the number of cores).
     N3_SANITIZE    ON: AddressSanitizer and UBSan (`make sanitize`).
+    N3_WHEEL       ON: a wheel for every Python, without the _host module, which is of one (`make wheel`).
 """
 
 import importlib.util
@@ -17,9 +18,11 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+WHEEL = os.environ.get("N3_WHEEL", "OFF") == "ON"
 
 
 def package_dir(name: str) -> Path | None:
@@ -56,11 +59,24 @@ class CMakeBuild(build_ext):
         options = [f"-D{key}={value}" for key, value in cmake_options(output.resolve()).items()]
         subprocess.check_call(["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options])
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.check_call(["cmake", "--build", folder, "-j", jobs])
+        target = ["--target", "_C"] if WHEEL else []
+        subprocess.check_call(["cmake", "--build", folder, "-j", jobs, *target])
 
     def get_outputs(self):
         return []
 
 
+class Wheel(bdist_wheel):
+    """The library is of no Python: its tag may say so where _host is left out."""
+
+    def get_tag(self):
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if WHEEL else tag
+
+
 # The name is a placeholder that makes setuptools run build_ext and tag the wheel as platform-specific.
-setup(ext_modules=[Extension("n3kernels._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("n3kernels._C", [])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    exclude_package_data={"n3kernels": ["_host*"]} if WHEEL else {},  # of an in-place build
+)

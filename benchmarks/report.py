@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Comparison", "Row", "compare", "machine_kind", "plot", "read", "rows", "slim", "slug", "table"]
+__all__ = ["Comparison", "Row", "compare", "machine_kind", "plot", "read", "roofline", "rows", "slim", "slug", "table"]
 
 LEGEND = (
     "Time is the median, the spread half the interquartile range. × torch: the time of the fastest plain torch of the "
@@ -253,7 +253,7 @@ def plot(run: dict, path: str | Path) -> None:
     colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
     figure, (left, right) = plt.subplots(1, 2, figsize=(16, max(5, 0.17 * len(all_rows))), layout="constrained")
     _ratio_bars(left, all_rows, colours)
-    _roofline(right, machine(run).get("roofs", {}), [row for row in all_rows if row.flops and row.bytes], colours)
+    roofline(right, machine(run).get("roofs", {}), [row for row in all_rows if row.flops and row.bytes], colours)
     figure.suptitle(machine_kind(run), fontsize=10)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -281,12 +281,12 @@ def _ratio_bars(axes, all_rows: Sequence[Row], colours: dict) -> None:
         axes.legend(labels.values(), labels.keys(), fontsize=8, loc="best")
 
 
-def _roofline(axes, limit: dict, points: Sequence[Row], colours: dict) -> None:
+def roofline(axes, limit: dict, points: Sequence[Row], colours: dict | None = None) -> None:
     """Rate of every row with arithmetic over its intensity, under the machine's limits."""
     for name in dict.fromkeys(row.provider for row in points):
         mine = [row for row in points if row.provider == name]
         xs, ys = [row.flops / row.bytes for row in mine], [row.flops / row.median for row in mine]
-        axes.loglog(xs, ys, "o", color=colours[name], label=name, markersize=4)
+        axes.loglog(xs, ys, "o", color=colours and colours[name], label=name, markersize=4)
     if limit and points:
         intensities = [row.flops / row.bytes for row in points]
         low, high = min(intensities) / 2, max(intensities) * 4

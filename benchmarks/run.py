@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import report
+from . import history, report
 
 __all__ = ["ISAS", "environment", "main"]
 
@@ -56,14 +56,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing for each benchmark (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of bench.json, .md, .png (default: out)")
     parser.add_argument("--compare", type=Path, metavar="JSON", help="judge the run against this one; exit 1 if slower")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="relative slowdown that --compare allows")
+    parser.add_argument("--compare-history", action="store_true", help="the same against the newest recorded figures")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="relative slowdown that comparisons allow")
     parser.add_argument("--save", action="store_true", help="also keep the run under benchmarks/results/<device>/")
+    parser.add_argument("--report", action="store_true", help="measure nothing: plot the history into OUT/report")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks with these command-line options; returns the exit code."""
     options = parse(argv)
+    if options.report:
+        return history.main(["render", "--out", str(options.out / "report")])
     options.out.mkdir(parents=True, exist_ok=True)
     raw = (options.out / "bench.json").resolve()
     raw.unlink(missing_ok=True)
@@ -80,9 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n" + report.table(run))
     if options.save:
         keep(raw, run, options.isa)
+    before = {}
     if options.compare:
-        comparison = report.compare(report.read(options.compare), run, options.tolerance)
-        print(f"Compared with {options.compare}:\n{comparison}")
+        before[str(options.compare)] = report.read(options.compare)
+    if options.compare_history:
+        before["the newest recorded figures"] = history.newest(run)
+    for name, recorded in before.items():
+        comparison = report.compare(recorded, run, options.tolerance)
+        print(f"Compared with {name}:\n{comparison}")
         code = code or int(comparison.failed)
     return code
 
@@ -109,6 +118,8 @@ def keep(raw: Path, run: dict, isa: str) -> None:
             target = folder / f"{datetime.date.today().isoformat()}{suffix}{kind}"
             shutil.copyfile(source, target)
             print(f"kept {target}")
+    recorded = history.add(run, folder.parent)
+    print(f"kept {recorded}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""One library for every torch: the ``_C.so`` of this working tree, loaded in other versions, gives the same answers.
+"""One library for every torch and every Python: the ``_C.so`` of this working tree, and the wheel that `make wheel`
+builds, loaded in other versions of both, give the same answers.
 
 Each version of N3_ABI_TORCH (default: the floor, 2.11.0, and 2.14.1) gets a virtual environment under build/abi, which
-is kept. Where pip cannot install one, because there is no network, the tests are skipped and say so.
+is kept, of another Python where there is one. Where pip cannot install one, because there is no network, the tests are
+skipped and say so.
 """
 
 from __future__ import annotations
@@ -20,8 +22,22 @@ from n3kernels._samples import SAMPLES, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = os.environ.get("N3_ABI_TORCH", "2.11.0 2.14.1").split()
+PYTHONS = {"2.11.0": "python3.10", "2.14.1": "python3.13"}
 
 pytestmark = pytest.mark.slow
+
+
+def other_python(version: str) -> str:
+    """Another Python for this torch, from the PATH or from pyenv; this one where the machine has none."""
+    name = PYTHONS.get(version, "")
+    installed = Path.home().glob(f".pyenv/versions/{name.removeprefix('python')}.*/bin/{name}") if name else []
+    for python in (name, *map(str, installed)):
+        try:
+            subprocess.run([python, "-c", "import venv, ensurepip"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return python
+    return sys.executable
 
 
 def interpreter(version: str) -> Path:
@@ -29,8 +45,9 @@ def interpreter(version: str) -> Path:
     folder = ROOT / "build" / "abi" / version
     python = folder / "bin" / "python"
     if not (folder / ".ready").is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "-q", "--no-compile", f"torch=={version}", "numpy", "safetensors"]
+        subprocess.run([other_python(version), "-m", "venv", "--clear", folder], check=True)
+        needed = ["numpy", "safetensors", "typer", "rich"]
+        pip = [python, "-m", "pip", "install", "-q", "--no-compile", f"torch=={version}", *needed]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
@@ -39,21 +56,51 @@ def interpreter(version: str) -> Path:
     return python
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this tree, for the CPU."""
+    pytest.importorskip("auditwheel", reason="auditwheel, which makes the wheel portable, is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    script = ROOT / "scripts" / "build_wheel.py"
+    env = {**os.environ, "N3_CUDA": "OFF"}
+    subprocess.run([sys.executable, script, folder], check=True, env=env)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module", params=[(v, form) for v in VERSIONS for form in ("tree", "wheel")], ids="-".join)
 def other(request, tmp_path_factory):
     """What the sample call of every operator gives in another torch, through the same library."""
-    if torch.__version__.startswith(request.param):
-        pytest.skip(f"torch {request.param} is the version of this environment")
-    python = interpreter(request.param)
+    version, form = request.param
+    if torch.__version__.startswith(version):
+        pytest.skip(f"torch {version} is the version of this environment")
+    python = interpreter(version)
     folder = tmp_path_factory.mktemp("abi")
+    env = {k: v for k, v in os.environ.items() if k not in ("N3_BACKEND", "N3_LIBRARY")} | {"CUDA_VISIBLE_DEVICES": ""}
+    if form == "tree":
+        env |= {"PYTHONPATH": str(ROOT), "N3_LIBRARY": str(n3kernels._library)}
+    else:
+        env["PYTHONPATH"] = str(folder / "installed")
+        made = request.getfixturevalue("wheel")
+        pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "installed", made]
+        subprocess.run(pip, check=True)
+        doctor = [python, "-m", "n3kernels", "doctor"]
+        subprocess.run(doctor, env=env, cwd=folder, check=True, capture_output=True)
     calls, results = folder / "calls.pt", folder / "results.pt"
     torch.save({name: sample(name) for name in SAMPLES}, calls)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "N3_LIBRARY": str(n3kernels._library)}
-    env.pop("N3_BACKEND", None)
     probe = Path(__file__).with_name("abi_probe.py")
     done = subprocess.run([python, probe, calls, results], env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(results, weights_only=True)
+
+
+def test_the_wheel_is_of_no_python(wheel):
+    import zipfile
+
+    assert "-py3-none-manylinux" in wheel.name and wheel.stat().st_size < 20e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [n for n in names if "_host" in n or n.endswith((".cpp", ".cu", ".h"))]
+    assert {"n3kernels/_C.so", "n3kernels/_build.json", "n3kernels/tiny/model.safetensors"} <= set(names)
+    assert any(n.startswith("n3kernels/triton_ops/") for n in names)
 
 
 def test_is_another_torch(other):

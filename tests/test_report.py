@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from n3kernels.benchmarks import report, run
+from n3kernels.benchmarks import history, report, run
 from n3kernels.benchmarks.roofs import Roofs
 
 CPU = {
@@ -199,4 +199,60 @@ def test_results_are_kept_by_device_and_date(tmp_path, monkeypatch):
     run.write(made, tmp_path / "bench.json")
     run.keep(tmp_path / "bench.json", made, "avx2")
     kept = sorted(path.name for path in (tmp_path / "results" / "intel-xeon-processor").iterdir())
-    assert len(kept) == 3 and all("-avx2." in name for name in kept)
+    assert len(kept) == 4 and all("-avx2." in name for name in kept[:3]) and kept[3] == "history.jsonl"
+
+
+# ---- history
+
+
+def at_commit(commit: str, day: int, *benchmarks, **machine) -> dict:
+    made = made_run(*benchmarks, **machine)
+    made["commit_info"] |= {"id": commit, "time": f"2026-01-{day:02}T00:00:00"}
+    return made
+
+
+def test_history_has_a_line_per_commit_machine_and_benchmark(tmp_path):
+    for made in (
+        at_commit("bbbb", 2, bench("cpu", 2e-3), bench("torch", 5e-3)),
+        at_commit("aaaa", 1, bench("cpu", 1e-3)),
+        at_commit("bbbb", 2, bench("cpu", 3e-3)),  # again: it replaces its line, and leaves torch's
+        at_commit("bbbb", 2, bench("cpu", 4e-3), threads=1),
+    ):
+        path = history.add(made, tmp_path)
+    found = [(line["commit"], line["provider"], line["median"]) for line in history.read(path.parent)]
+    assert found == [("aaaa", "cpu", 1e-3), ("bbbb", "cpu", 4e-3), ("bbbb", "cpu", 3e-3), ("bbbb", "torch", 5e-3)]
+    assert path.parent.name == "intel-xeon-processor"
+
+
+def test_a_run_is_judged_by_the_newest_figures_of_its_machine(tmp_path):
+    history.add(at_commit("aaaa", 1, bench("cpu", 1e-3), bench("cpu", 1e-3, group="old")), tmp_path)
+    history.add(at_commit("bbbb", 2, bench("cpu", 2e-3)), tmp_path)
+    history.add(at_commit("cccc", 3, bench("cpu", 9e-3), threads=1), tmp_path)
+
+    def judged(seconds: float) -> report.Comparison:
+        after = made_run(bench("cpu", seconds), bench("cpu", 1e-3, group="old"))
+        return report.compare(history.newest(after, tmp_path), after)
+
+    assert not judged(2.1e-3).failed and judged(2.1e-3).same == 2
+    assert judged(2.5e-3).failed and len(judged(1.1e-3).faster) == 1
+    unknown = made_run(bench("cpu", 1.0), device="another")
+    assert not report.compare(history.newest(unknown, tmp_path), unknown).failed
+
+
+def test_history_is_plotted(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "results"
+    for day, commit in enumerate("ab", 1):
+        folder = history.add(at_commit(commit, day, bench("cpu", day * 1e-3), bench("torch", 5e-3)), results).parent
+    (folder / "run.json").write_text(json.dumps(made_run(bench("cpu", 1e-3))))
+    made = history.render(tmp_path / "plots", results)
+    assert [path.name for path in made] == ["linear.png", "roofline.png"]
+    assert all(path.stat().st_size > 5000 for path in made)
+
+
+def test_the_recorded_history_holds_every_recorded_run():
+    for folder in (path.parent for path in history.RESULTS.glob("*/*.json")):
+        keys = {tuple(line[k] for k in history.KEY) for line in history.read(folder)}
+        for path in folder.glob("*.json"):
+            missing = {tuple(line[k] for k in history.KEY) for line in history.lines(report.read(path))} - keys
+            assert not missing, f"{path.name}: python -m n3kernels.benchmarks.history add {path}"
