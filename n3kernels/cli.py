@@ -1,4 +1,4 @@
-"""The command line: ``n3kernels demo``, ``n3kernels doctor``, ``n3kernels bench``.
+"""The command line: ``n3kernels demo``, ``n3kernels quantize``, ``n3kernels doctor``, ``n3kernels bench``.
 
 Wrong input ends with one line on stderr and exit code 2. Exit code 1 says that something here computes wrongly.
 """
@@ -18,13 +18,16 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from . import __version__, doctor, tiny
+from ._recipes import RECIPES
 from ._truth import Deviation, Watch
 from .mtp import ThinkingBudget
 from .nemotron import CheckpointError, Nemotron, Result, generate, load
+from .quantize_checkpoint import Job
 
 __all__ = ["main"]
 
@@ -200,6 +203,68 @@ def _print_operators(out: Console, seen: dict[str, Deviation], tokens: int) -> N
         calls = ", ".join(f"{backend} {count}" for backend, count in d.calls.most_common())
         table.add_row(name, calls, *doctor.describe(d))
     out.print(table)
+
+
+# ---------------------------------------------------------------- quantize
+
+
+@app.command("quantize")
+def quantize_command(
+    src: Annotated[Path, typer.Argument(help="Folder of a dense checkpoint.", show_default=False)],
+    dst: Annotated[Path, typer.Argument(help="Folder to write: new, or a stopped run's.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help=" or ".join(RECIPES))] = "nvfp4",
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to keep (*, ?, [...]); may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="Where to quantize, such as cuda.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")] = False,
+) -> int:
+    """Write a bf16 checkpoint as NVFP4 in ModelOpt's layout."""
+    if recipe not in RECIPES:
+        raise UserError(f"--recipe must be {' or '.join(RECIPES)}, got {recipe}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    job, out = Job(src, recipe, exclude or (), device), _console()
+    if dry_run:
+        _print_job(out, job)
+        return 0
+    measures = TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), *measures, console=out)
+    task = bar.add_task("", total=job.work)
+
+    def advance(size: int, file: str) -> None:
+        bar.start()  # now that the folder is found fit to be written
+        bar.update(task, advance=size, description=file)
+
+    try:
+        there = job.run(dst, advance)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+    resumed = f", {len(there)} of which were there" if there else ""
+    out.print(f"{dst}: {len(job.packed)} weights packed, {_megabytes(job)} in {_files(job)}{resumed}")
+    return 0
+
+
+def _print_job(out: Console, job: Job) -> None:
+    table = Table(box=SIMPLE)
+    for name in ("tensors", "count", "shape", "stored as", "written as", "MB before", "MB after"):
+        table.add_column(name, justify="right" if name in ("count", "MB before", "MB after") else "left")
+    for row in sorted(job.rows(), key=lambda row: row.name):
+        shape = "various" if row.shape is None else str(list(row.shape))
+        kept = "NVFP4" if row.reason is None else f"{row.dtype}: {row.reason}"
+        sizes = (f"{size / 1e6:.2f}" for size in (row.before, row.after))
+        table.add_row(row.name, str(row.count), shape, row.dtype, kept, *sizes)
+    out.print(table)
+    out.print(f"{_megabytes(job)} in {_files(job)}; nothing was written")
+
+
+def _megabytes(job: Job) -> str:
+    return f"{job.work / 1e6:.1f} MB -> {job.total_size / 1e6:.1f} MB"
+
+
+def _files(job: Job) -> str:
+    return f"{len(job.shards)} file{'s' if len(job.shards) > 1 else ''}"
 
 
 # ---------------------------------------------------------------- doctor and bench

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,7 @@ ARCHITECTURES = {
     "granitemoehybrid": "GraniteMoeHybridRMSNormGated",
     "falcon_h1": "FalconH1RMSNormGated",
 }
+_NVFP4 = f"{__package__}.transformers_nvfp4"  # it imports transformers: only when asked to
 _replaced: dict[str, list[tuple[Any, str, Any]]] = {}  # architecture -> (holder, attribute, what was there)
 
 
@@ -40,7 +42,8 @@ def enable(model: str | object | None = None) -> list[str]:
     It holds for every model of an architecture in this process, loaded before or after, in training and generation,
     with and without cache. Parameters, caches and outputs keep their places, dtypes and names. Besides, the experts
     implementation ``"n3"`` becomes known to transformers: ``model.set_experts_implementation("n3")`` gives it to any
-    other mixture of experts.
+    other mixture of experts. So do NVFP4 checkpoints of any architecture, with transformers 5.21 or later:
+    ``from_pretrained`` then loads them packed (`transformers_nvfp4.register_quantizers`).
 
     Args:
         model: a model, its class, or the name of an architecture (a key of ``ARCHITECTURES``); None: all of them.
@@ -55,6 +58,9 @@ def enable(model: str | object | None = None) -> list[str]:
     """
     wanted = [*ARCHITECTURES] if model is None else [_architecture(model)]
     moe.register()
+    nvfp4 = importlib.import_module(_NVFP4)
+    if nvfp4.supported():
+        nvfp4.register_quantizers()
     new = [name for name in wanted if name not in _replaced]
     for name in new:
         _replaced[name] = _replace(name, importlib.import_module(f"transformers.models.{name}.modeling_{name}"))
@@ -62,7 +68,9 @@ def enable(model: str | object | None = None) -> list[str]:
 
 
 def disable() -> None:
-    """Gives every architecture its own functions back."""
+    """Gives every architecture its own functions back, and no longer loads NVFP4 checkpoints."""
+    if _NVFP4 in sys.modules:
+        sys.modules[_NVFP4].unregister_quantizers()
     for changes in _replaced.values():
         for holder, attribute, original in changes:
             setattr(holder, attribute, original)

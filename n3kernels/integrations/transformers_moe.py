@@ -32,7 +32,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Its own serves biases, norms behind the experts, transposed or interleaved weights, activations other than relu2,
     gated SiLU and gated (erf) GELU, and weights that are no plain floating-point tensors.
     """
-    activation = _activation(self)
+    activation = activation_of(self)
     if activation is None:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -45,7 +45,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return y.to(hidden_states.dtype)
 
 
-def _activation(experts: nn.Module) -> str | None:
+def activation_of(experts: nn.Module) -> str | None:
     """The operator's name for what the module does between its products; None where the operator has none."""
     from transformers.integrations.moe import _default_apply_gate
 
