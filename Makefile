@@ -3,7 +3,7 @@
 #   make demo      generate text with the shipped tiny model, plain and with multi-token prediction
 #   make test      the tests, the doctests, and every benchmark once without a clock
 #   make bench     time the operators against plain torch: table, out/bench.{json,md,png}
-#                  ISA=avx2|avx512|native THREADS=1 K=nvfp4_linear FULL=1 SAVE=1 BENCH_ARGS="..."
+#                  ISA=avx2|avx512|amx|native THREADS=1 K=nvfp4_linear FULL=1 SAVE=1 BENCH_ARGS="..."
 #   make cuda      compile every .cu file for every architecture, no GPU needed
 #   make gpu       on a machine with a GPU: tests with --prove, sanitizer, benchmarks, one results file
 #                  GPU_ARGS="--steps tests,bench --limit 540"

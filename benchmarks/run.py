@@ -26,6 +26,10 @@ HERE = Path(__file__).parent
 # Instruction set -> what holds n3kernels, ATen, oneDNN and MKL to it. Each reads its variable once, when it loads.
 ISAS = {
     "native": {},
+    "amx": {
+        "N3_CPU_ISA": "amx", "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
     "avx512": {
         "N3_CPU_ISA": "avx512", "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",

@@ -14,6 +14,7 @@
 #include "mamba/ssm_update_plan.h"
 #include "moe/experts_plan.h"
 #include "nvfp4/linear_plan.h"
+#include "nvfp4/linear_sm90_plan.h"
 #include "nvfp4/quantize_plan.h"
 
 #ifndef N3_ARCHS
@@ -51,7 +52,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("scale_128x4",
         py::vectorize([](int64_t r, int64_t ks, int64_t ks_total) { return n3::scale_128x4(r, ks, ks_total); }),
         py::arg("r"), py::arg("ks"), py::arg("ks_total"));
-  // Plans of the CUDA kernels: (kernel, blocks, threads, tokens); (blocks of the first launch, of the second, places).
+  // Plans of the CUDA kernels: (kernel, blocks, threads, tokens).
   m.def(
       "nvfp4_linear_plan",
       [](int64_t rows, int64_t n, bool float32, bool invariant) {
@@ -60,13 +61,46 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("m"), py::arg("n"), py::arg("float32"), py::arg("invariant"));
   m.def("nvfp4_linear_slot_k", &n3::nvfp4_linear::slot_k, py::arg("t"), py::arg("step"), py::arg("i"));
+  // nvfp4_linear.packed on sm_90a: (kernel, splits of k, blocks along rows and tokens, blocks, threads, shared memory);
+  // a warp's tiles along k. And the bit maths of nvfp4_repack: a word of eight codes, its registers, scales.
   m.def(
-      "nvfp4_quantize_plan",
-      [](int64_t rows, int64_t k, bool swizzled) {
-        const auto p = n3::nvfp4_quantize::plan(rows, k, swizzled);
-        return py::make_tuple(p.partials, p.blocks, p.places);
+      "nvfp4_linear_sm90_plan",
+      [](int64_t rows, int64_t n, int64_t k, bool invariant) {
+        const auto p = n3::nvfp4_linear::sm90::plan(rows, n, k, invariant);
+        return py::make_tuple(int(p.kernel), p.splits, p.row_groups, p.token_groups, p.blocks, p.threads, p.shared);
       },
-      py::arg("rows"), py::arg("k"), py::arg("swizzled"));
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("invariant"));
+  m.def("nvfp4_linear_sm90_tiles", [](int32_t tiles, int32_t splits, int32_t rank, int32_t warp) {
+    const auto range = n3::nvfp4_linear::sm90::warp_tiles(tiles, splits, rank, warp);
+    return py::make_tuple(range.begin, range.end);
+  });
+  m.def("nvfp4_pack_codes", [](const std::vector<int>& codes) {
+    uint8_t c[4][2];
+    for (int i = 0; i < 8; ++i) c[i / 2][i % 2] = uint8_t(codes.at(i));
+    return n3::nvfp4_repack::pack_codes(c);
+  });
+  m.def("nvfp4_codes", [](uint32_t word, bool half) {
+    uint32_t r[4];
+    half ? n3::nvfp4_repack::codes_f16(word, r) : n3::nvfp4_repack::codes_bf16(word, r);
+    return std::vector<uint32_t>(r, r + 4);
+  });
+  m.def("nvfp4_pack_scale", [](uint8_t e4m3) { return int(n3::nvfp4_repack::pack_scale(e4m3)); });
+  m.def("nvfp4_unpack_scale", [](uint8_t byte) { return int(n3::nvfp4_repack::unpack_scale(byte)); });
+  // Tiles of the quantisers: (count, side by side, log of their width in blocks of 16, height in rows); of x.mT also
+  // (tiles of a matrix one below the other, parts of a row whose maxima are found apart).
+  m.def("nvfp4_quantize_tiles", [](const std::string& kind, int64_t rows, int64_t ks) {
+    namespace quantize = n3::nvfp4_quantize;
+    const auto make = kind == "rows" ? quantize::row_tiles
+                                     : kind == "whole rows" ? quantize::whole_row_tiles : quantize::square_tiles;
+    const auto t = make(rows, ks);
+    return py::make_tuple(t.count, t.across, t.log_width, t.height);
+  });
+  m.def("nvfp4_quantize_transposed_tiles", [](int64_t rows, int64_t ks, int64_t rows_each, bool swizzled) {
+    const auto t = n3::nvfp4_quantize::transposed_tiles(rows, ks, rows_each, swizzled);
+    return py::make_tuple(t.tiles.count, t.tiles.across, t.down, n3::nvfp4_quantize::row_splits(t));
+  });
+  m.def("nvfp4_quantize_quotient",
+        [](uint32_t n, int64_t d) { return n3::nvfp4_quantize::divider(d).quotient(n); });
 
   // (threads of a group, blocks); (tiles, channel blocks, blocks); (lanes, groups of 4, vectors, tiles, blocks);
   // (fused, blocks, bytes of shared memory, width).

@@ -10,14 +10,40 @@ STABLE_TORCH_LIBRARY(n3, m) {
   // ---- nvfp4: e2m1 codes, one e4m3 scale per 16 elements along the last dimension, one fp32 global scale
   m.def(
       "nvfp4_quantize(Tensor x, Tensor? global_scale=None, Tensor? hadamard=None, Tensor? seed=None, *, "
-      "str rounding='nearest', bool four_over_six=False, str block='1x16', str scale_layout='linear') "
-      "-> (Tensor q, Tensor block_scale, Tensor global_scale)");
+      "str rounding='nearest', bool four_over_six=False, str metric='mae', str block='1x16', bool per_row=False, "
+      "str scale_layout='linear') -> (Tensor q, Tensor block_scale, Tensor global_scale)");
+  m.def(
+      "relu2_nvfp4_quantize(Tensor x, Tensor? global_scale=None, *, bool four_over_six=False, str metric='mae', "
+      "bool per_row=False, str scale_layout='linear') -> (Tensor q, Tensor block_scale, Tensor global_scale)");
+  m.def(
+      "silu_mul_nvfp4_quantize(Tensor x, Tensor? global_scale=None, *, bool four_over_six=False, str metric='mae', "
+      "bool per_row=False, str scale_layout='linear') -> (Tensor q, Tensor block_scale, Tensor global_scale)");
+  m.def(
+      "rms_norm_nvfp4_quantize(Tensor x, Tensor weight, Tensor? residual=None, Tensor? global_scale=None, *, "
+      "float eps=1e-5, bool four_over_six=False, str metric='mae', bool per_row=False, str scale_layout='linear', "
+      "bool keep=False) -> (Tensor q, Tensor block_scale, Tensor global_scale, Tensor y, Tensor residual_out)");
+  m.def(
+      "nvfp4_fake_quantize(Tensor x, Tensor? global_scale=None, Tensor? seed=None, str rounding='nearest', "
+      "bool four_over_six=False, str metric='mae', str block='1x16', bool per_row=False) -> Tensor");
   m.def(
       "nvfp4_dequantize(Tensor q, Tensor block_scale, Tensor global_scale, *, ScalarType dtype, "
       "str scale_layout='linear') -> Tensor");
   m.def(
       "nvfp4_linear(Tensor x, Tensor q, Tensor block_scale, Tensor global_scale, Tensor? bias=None, "
       "str? activation=None) -> Tensor");
+  m.def("nvfp4_repack(Tensor q, Tensor block_scale) -> Tensor");  // a blob for the kernels of sm_90a
+  m.def(
+      "nvfp4_linear.packed(Tensor x, Tensor blob, Tensor global_scale, int n, Tensor? bias=None, "
+      "str? activation=None) -> Tensor");
+  m.def(
+      "nvfp4_linear_fp8(Tensor x, Tensor q, Tensor block_scale, Tensor global_scale, Tensor? bias=None, "
+      "str? activation=None) -> Tensor");
+  m.def(
+      "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_global, Tensor b, Tensor b_scale, Tensor b_global, "
+      "Tensor? bias=None, *, ScalarType out_dtype, str a_layout='linear', str b_layout='linear') -> Tensor");
+  m.def(
+      "nvfp4_grouped_gemm(Tensor a, Tensor a_scale, Tensor a_global, Tensor b, Tensor b_scale, Tensor b_global, "
+      "Tensor offsets, *, ScalarType out_dtype, str b_layout='linear') -> Tensor");
   m.def(
       "nvfp4_embedding(Tensor ids, Tensor q, Tensor block_scale, Tensor global_scale, *, ScalarType dtype) "
       "-> Tensor");

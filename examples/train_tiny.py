@@ -2,6 +2,7 @@
 
     python examples/train_tiny.py                 # trains, evaluates, writes out/tiny (about 20 minutes on 2 cores)
     python examples/train_tiny.py --steps 20      # a quick look
+    python examples/train_tiny.py --nvfp4         # with NVFP4 products in the linear layers, forward and backward
 
 The text is every ``*.py`` file of the running Python's standard library without its tests, byte by byte. One file in
 twenty, chosen by the CRC of its path, is held out. The run is seeded; it writes its state every few minutes and goes on
@@ -29,7 +30,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from n3kernels.nemotron import Config, Nemotron, generate, load, save
-from n3kernels.nemotron.layers import MoE
+from n3kernels.nemotron.layers import Linear, MoE
+from n3kernels.nvfp4 import training_linear
 from n3kernels.tiny import BYTE0, encode
 
 CONFIG = Config(
@@ -48,6 +50,30 @@ BALANCE_RATE = 0.001  # of the router's correction bias, per step (auxiliary-los
 def stays_dense(name: str) -> bool:
     """What ModelOpt's recipes for the family keep in bf16: latent projections, router, head and the MTP input."""
     return any(part in name for part in ("latent_proj", "lm_head", "eh_proj"))
+
+
+class NVFP4Linear(Linear):
+    """A linear layer of the model whose products, forward and backward, have NVFP4 operands."""
+
+    def forward(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        y = training_linear(x, self.weight)
+        return F.relu(y).square() if activation == "relu2" else y
+
+
+def use_nvfp4(model: Nemotron) -> int:
+    """Gives the layers that NVIDIA's recipe trains in NVFP4 those products, and says how many they are: the
+    projections of the mixers and the shared experts, but for attention, latent projections, head, MTP and the last
+    15 % of the layers."""
+    last = len(model.config.layers) - round(0.15 * len(model.config.layers))
+    count = 0
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if type(module) is not Linear or parts[0] != "backbone" or int(parts[2]) >= last:
+            continue
+        if parts[-1] in ("in_proj", "out_proj", "up_proj", "down_proj"):
+            module.__class__ = NVFP4Linear
+            count += 1
+    return count
 
 
 def read_corpus() -> tuple[np.ndarray, list[bytes]]:
@@ -115,17 +141,19 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(
-    folder: Path, data: np.ndarray, steps: int, size: int, length: int, peak: float, seed: int
+    folder: Path, data: np.ndarray, steps: int, size: int, length: int, peak: float, seed: int, nvfp4: bool
 ) -> tuple[Nemotron, float]:
     """The trained model and the seconds its steps took, over all parts of a resumed run."""
     torch.manual_seed(seed)
     model = Nemotron(CONFIG)
     model.init_weights()
+    if nvfp4:
+        print(f"{use_nvfp4(model)} linear layers train in NVFP4")
     optimizers = make_optimizers(model, peak)
     state, first, spent = folder / "state.pt", 0, 0.0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
-        if saved["plan"] != [steps, size, length, peak, seed]:
+        if saved["plan"] != [steps, size, length, peak, seed, nvfp4]:
             sys.exit(f"{state} belongs to a run with other settings; remove it or use another --out")
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
@@ -142,6 +170,7 @@ def train(
                 group["lr"] = learning_rate(step, steps, peak)
             # The batch is a function of seed and step, so a resumed run sees what an unbroken one would have seen.
             ids = batch_of(data, np.random.default_rng([seed, step]), size, length)
+            torch.manual_seed(seed << 32 | step)  # of stochastic rounding
             main, drafts = losses(model, ids, depth=1 if step < 0.7 * steps else 2)
             (main + MTP_WEIGHT * drafts).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -159,7 +188,7 @@ def train(
                 print(f"step {step + 1}/{steps}: {text}", flush=True)
             if time.monotonic() - last_saved > 120 or step == steps - 1:
                 saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                saved |= {"step": step + 1, "seconds": spent, "plan": [steps, size, length, peak, seed]}
+                saved |= {"step": step + 1, "seconds": spent, "plan": [steps, size, length, peak, seed, nvfp4]}
                 torch.save(saved, state.with_suffix(".part"))
                 os.replace(state.with_suffix(".part"), state)
                 last_saved = time.monotonic()
@@ -238,16 +267,16 @@ def evaluate(folder: Path, model: Nemotron, data: np.ndarray, held_out: list[byt
 
 def main(
     out: Path = Path("out/tiny"), steps: int = 1100, batch: int = 16, length: int = 257, lr: float = 3e-3,
-    seed: int = 0, eval_bytes: int = 200_000,
+    seed: int = 0, eval_bytes: int = 200_000, nvfp4: bool = False,
 ) -> None:  # fmt: skip
     """Trains and evaluates; prints bits per byte and writes OUT/bf16, OUT/nvfp4 and OUT/result.json."""
     out.mkdir(parents=True, exist_ok=True)
     data, held_out = read_corpus()
     print(f"{len(data)} training tokens, {sum(map(len, held_out))} held-out bytes in {len(held_out)} files")
-    model, seconds = train(out, data, steps, batch, length, lr, seed)
+    model, seconds = train(out, data, steps, batch, length, lr, seed, nvfp4)
     result = {
         "bits_per_byte": evaluate(out, model, data, held_out, eval_bytes),
-        "training": {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed},
+        "training": {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed, "nvfp4": nvfp4},
         "minutes": round(seconds / 60, 1), "python": platform.python_version(), "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip

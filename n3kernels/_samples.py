@@ -84,6 +84,53 @@ def _(r: _Random) -> Call:
     return (r.normal(3, 64), *r.nvfp4(24, 64), r.normal(24), "relu2"), {}
 
 
+@_of("nvfp4_linear_fp8")
+def _(r: _Random) -> Call:
+    return (r.normal(3, 64), *r.nvfp4(24, 64), r.normal(24), "relu2"), {}
+
+
+@_of("nvfp4_gemm")
+def _(r: _Random) -> Call:
+    return (*r.nvfp4(3, 64), *r.nvfp4(24, 64), r.normal(24)), {"out_dtype": torch.float32}
+
+
+@_of("nvfp4_grouped_gemm")
+def _(r: _Random) -> Call:
+    return (*r.nvfp4(7, 64), *r.nvfp4(3, 24, 64), _ints(1, 4, 4, 6)), {"out_dtype": torch.float32}
+
+
+@_of("nvfp4_repack")
+def _(r: _Random) -> Call:
+    return r.nvfp4(24, 80)[:2], {}
+
+
+@_of("nvfp4_linear.packed")
+def _(r: _Random) -> Call:
+    q, block_scale, global_scale = r.nvfp4(24, 80)
+    blob = _dispatch.OPS["nvfp4_repack"].reference(q, block_scale)
+    return (r.normal(3, 80), blob, global_scale, 24, r.normal(24), "relu2"), {}
+
+
+@_of("nvfp4_fake_quantize")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 48), None, torch.tensor([3, 4]), "stochastic"), {}
+
+
+@_of("relu2_nvfp4_quantize")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 48),), {"scale_layout": "128x4"}
+
+
+@_of("silu_mul_nvfp4_quantize")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 96),), {"per_row": True}
+
+
+@_of("rms_norm_nvfp4_quantize")
+def _(r: _Random) -> Call:
+    return (r.normal(5, 48), r.normal(48), r.normal(5, 48)), {"keep": True}
+
+
 @_of("nvfp4_embedding")
 def _(r: _Random) -> Call:
     return (r.integers(7, 2, 3), *r.nvfp4(7, 32)), {"dtype": torch.float32}

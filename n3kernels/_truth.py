@@ -20,7 +20,8 @@ __all__ = ["Deviation", "Watch", "compare"]
 _FLOAT32 = {"global_scale", "up_global", "down_global", "shared_up_global", "shared_down_global"}
 _FLOAT32 |= {"temperature", "top_p", "min_p", "bias_val", "state_scale"}
 # Operators whose definition is a sequence of single float32 roundings: compared as called, byte for byte.
-_ROUNDED = {"nvfp4_quantize"}
+_ROUNDED = {"nvfp4_quantize", "nvfp4_fake_quantize", "relu2_nvfp4_quantize", "silu_mul_nvfp4_quantize"}
+_ROUNDED |= {"rms_norm_nvfp4_quantize"}
 _WIDE = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -6,7 +6,8 @@ CMake does the compiling, with the flags of CMakeLists.txt, into build/cuda; the
 build/cuda/lib. The table has one row per kernel: registers per thread for each architecture, static shared memory, and
 which instructions of interest were found. Exits with 1 if a kernel uses local memory (a spill, or an array that is
 indexed at run time), if a kernel named ``tensor_*`` has no tensor core instruction on some architecture, if one named
-``*_sm90`` lacks an instruction it is written for, or if a kernel is missing from an architecture.
+``*_sm90``, ``*_sm100`` or ``*_sm120`` lacks an instruction it is written for, or if a kernel is missing from an
+architecture.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
-# Tensor cores: HMMA is mma.sync, HGMMA wgmma, OMMA and QMMA the block-scaled kinds of sm_120, UTC*MMA tcgen05.
-TENSOR = ("HMMA", "HGMMA", "OMMA", "QMMA", "UTCHMMA", "UTCOMMA", "UTCQMMA")
+# Tensor cores: HMMA is mma.sync, HGMMA wgmma, OMMA and QMMA the block-scaled kinds of sm_120, UTC*MMA tcgen05; 4X is
+# one scale for 16 elements.
+TENSOR = ("HMMA", "HGMMA", "OMMA", "OMMA.4X", "QMMA", "UTCHMMA", "UTCOMMA", "UTCOMMA.4X", "UTCQMMA")
 MEANT = (*TENSOR, "LDGSTS", "UTMALDG")  # LDGSTS is cp.async, UTMALDG a tile copy by TMA
-HOPPER = {"HGMMA", "UTMALDG"}  # in every kernel named *_sm90
+# In every kernel named *_sm90 and so on. Those of Blackwell multiply e2m1 codes with their block scales.
+WRITTEN_FOR = {
+    "90": {"HGMMA", "UTMALDG"}, "100": {"UTCOMMA.4X", "UTMALDG"}, "120": {"OMMA.4X", "UTMALDG"},
+}  # fmt: skip
 
 
 def build(archs: str) -> None:
@@ -92,9 +97,9 @@ def facts_of(objects: list[Path]) -> dict[str, dict[str, dict]]:
                     arch = found[1]
                 elif found := re.search(r"Function : (\S+)", line):
                     name = found[1]
-                elif found := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", line):
+                elif found := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)((?:\.\w+)*)", line):
                     if found[1] in MEANT:
-                        instructions[name, arch].add(found[1])
+                        instructions[name, arch].add(found[1] + (".4X" if ".4X" in found[2] else ""))
         for kernel, by_arch in facts.items():
             for a in by_arch:
                 if (kernel, a) in instructions or "instructions" not in by_arch[a]:
@@ -114,8 +119,9 @@ def problems_of(name: str, by_arch: dict[str, dict], archs: list[str]) -> list[s
             problems.append(f"{fact['local']} bytes of local memory on sm_{arch}")
         if "::tensor_" in name and not set(fact["instructions"]) & set(TENSOR):
             problems.append(f"no tensor core instruction on sm_{arch}")
-        if re.search(r"_sm90\b", name) and (lacking := HOPPER - set(fact["instructions"])):
-            problems.append(f"no {' and no '.join(sorted(lacking))} on sm_{arch}")
+        for only in re.findall(r"_sm(90|100|120)\b", name):
+            if lacking := WRITTEN_FOR[only] - set(fact["instructions"]):
+                problems.append(f"no {' and no '.join(sorted(lacking))} on sm_{arch}")
     return problems
 
 

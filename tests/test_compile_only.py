@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,10 @@ import pytest
 
 # Shared memory one block may have, in bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_MEMORY = {90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+# In PTX, what is not one rounding to nearest: `/`, sqrt and exp of Triton in float32 (div_rn and sqrt_rn are), fused
+# multiply-adds, and what names no rounding, which the assembler may fuse.
+INEXACT = re.compile(r"\b(?:(?:div\.full|\w+\.approx|fma\.rn|add|sub|mul)(?:\.ftz)?|\w+\.rn\.ftz)\.f32\b")
 
 
 def all_cases(arch: int):
@@ -51,7 +56,8 @@ def compile_case(case, arch: int) -> dict[str, object]:
                 attrs[(i,)] = multiple_of_16
     source = ASTSource(case.kernel, signature, constants, attrs)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
-    return {"shared": kernel.metadata.shared, "cubin": len(kernel.asm["cubin"])}
+    inexact = sorted(set(INEXACT.findall(kernel.asm["ptx"]))) if case.exact else []
+    return {"shared": kernel.metadata.shared, "cubin": len(kernel.asm["cubin"]), "inexact": inexact}
 
 
 def main(arch: int) -> None:
@@ -85,7 +91,7 @@ def compiled():
 def test_compiles(compiled, arch, name):
     result = compiled[arch][name]
     assert "error" not in result, result["error"]
-    assert result["cubin"] > 0
+    assert result["cubin"] > 0 and not result["inexact"]
     assert result["shared"] <= SHARED_MEMORY[arch], f"{result['shared']} bytes of shared memory"
 
 

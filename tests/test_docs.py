@@ -13,7 +13,8 @@ from conftest import DEVICE
 from n3kernels import tiny
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+         if "```python" in page.read_text()]  # fmt: skip
 
 
 def blocks(page: Path) -> list[str]:

@@ -92,4 +92,4 @@ def test_philox_is_its_python_twin(key, low, high):
 def test_facts_of_the_build():
     info = _host.build_info()
     assert set(info) >= {"archs", "revision", "torch"} and all(isinstance(value, str) for value in info.values())
-    assert _host.cpu_isa() in ("generic", "avx2", "avx512")
+    assert _host.cpu_isa() in ("generic", "avx2", "avx512", "amx")

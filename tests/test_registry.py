@@ -36,6 +36,7 @@ UNMEASURED = {
     "nvfp4_embedding": "a lookup of a few rows: its time is that of the call, which bench_dispatch measures",
     "latent_moe_front": "a part of the layer on a GPU, which bench_latent_moe measures whole",
     "latent_moe_tail": "a part of the layer on a GPU, which bench_latent_moe measures whole",
+    "nvfp4_repack": "runs once, when a checkpoint is loaded",
     "nvfp4_swizzle_scale": "runs once, when a checkpoint is loaded",
     "nvfp4_unswizzle_scale": "runs once, when a checkpoint is loaded",
 }

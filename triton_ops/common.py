@@ -121,3 +121,4 @@ class Case:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
     aligned: Sequence[str] = ()  # arguments that are multiples of 16; default: all pointers
+    exact: bool = False  # promises bits: no approximate or fused float32 operation may be in its machine code

@@ -2,13 +2,13 @@
 // The Python twin is n3kernels/_checks.py; tests compare the two word for word.
 #pragma once
 #include <cstdint>
-#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 namespace n3 {
 
@@ -29,13 +29,17 @@ template <typename... Args>
     if (!(cond)) ::n3::fail(op, __VA_ARGS__);    \
   } while (0)
 
-inline std::string shape_str(const Tensor& t) {
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // of a vector, a list in braces, or t.sizes()
+
+inline std::string shape_str(Sizes sizes) {
   std::ostringstream s;
   s << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) s << (i ? ", " : "") << sizes[i];
   s << ']';
   return s.str();
 }
+
+inline std::string shape_str(const Tensor& t) { return shape_str(t.sizes()); }
 
 // Names as torch prints them, without "torch.".
 inline const char* dtype_name(ScalarType t) {
@@ -67,19 +71,8 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
   N3_CHECK(op, t.scalar_type() == want, name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
 }
 
-inline std::string shape_str(std::initializer_list<int64_t> sizes) {
-  std::ostringstream s;
-  const char* sep = "[";
-  for (const int64_t size : sizes) s << sep << size, sep = ", ";
-  s << (sizes.size() ? "]" : "[]");
-  return s.str();
-}
-
-inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
-  bool same = t.dim() == int64_t(want.size());
-  int64_t i = 0;
-  for (const int64_t size : want) same = same && t.size(i++) == size;
-  N3_CHECK(op, same, name, " must have shape ", shape_str(want), ", got ", shape_str(t));
+inline void check_shape(const char* op, const char* name, const Tensor& t, Sizes want) {
+  N3_CHECK(op, t.sizes() == want, name, " must have shape ", shape_str(want), ", got ", shape_str(t));
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t want) {

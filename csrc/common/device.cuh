@@ -5,6 +5,7 @@
 #pragma once
 #include <cfloat>
 #include <cstdint>
+#include <type_traits>
 
 #include "numerics.h"
 
@@ -68,6 +69,41 @@ N3_DEVICE T narrow(float v) {
 template <>
 N3_DEVICE float narrow<float>(float v) {
   return v;
+}
+
+// Products of the halves of a and the lower (kHalf 0) or upper half of b, to nearest even; subnormals count.
+template <typename T, int kHalf>
+N3_DEVICE uint32_t scale_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)  // a pair moved so becomes an operand's selector .H0_H0 or .H1_H1
+  uint32_t d;
+#define N3_SCALE_PAIR(type, half)                                                                             \
+  asm("{\n.reg .b16 l, h;\n.reg .b32 s;\nmov.b32 {l, h}, %2;\nmov.b32 s, {" half ", " half                    \
+      "};\nmul.rn." type " %0, %1, s;\n}"                                                                     \
+      : "=r"(d)                                                                                               \
+      : "r"(a), "r"(b))
+  if constexpr (std::is_same_v<T, BF16>) {
+    if constexpr (kHalf == 0) N3_SCALE_PAIR("bf16x2", "l");
+    if constexpr (kHalf == 1) N3_SCALE_PAIR("bf16x2", "h");
+  } else {
+    if constexpr (kHalf == 0) N3_SCALE_PAIR("f16x2", "l");
+    if constexpr (kHalf == 1) N3_SCALE_PAIR("f16x2", "h");
+  }
+#undef N3_SCALE_PAIR
+  return d;
+#else
+  const float factor = widen(T{uint16_t(b >> 16 * kHalf)});
+  return pack<T>(widen(T{uint16_t(a)}) * factor, widen(T{uint16_t(a >> 16)}) * factor);
+#endif
+}
+
+// Bytes kFirst and kFirst + 1 of v in the lower bytes of the halves of a word.
+template <int kFirst>
+N3_DEVICE uint32_t spread_bytes(uint32_t v) {
+#if defined(__CUDACC__)
+  return __byte_perm(v, 0, kFirst | 0x40 | (kFirst + 1) << 8 | 0x4000);
+#else
+  return (v >> 8 * kFirst & 0xff) | (v >> 8 * (kFirst + 1) & 0xff) << 16;
+#endif
 }
 
 // ---- 16 neighbouring elements, 16-byte aligned
@@ -172,7 +208,41 @@ N3_DEVICE void wait_copies() {
 #endif
 }
 
+// ---- read-once loads, past L1; volatile, or they might move to before the end of the kernels before
+
+template <typename V>
+N3_DEVICE V load_once(const void* p) {
+#if defined(__CUDACC__)
+  V v;
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+  } else {
+    static_assert(sizeof(V) == 8);
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  }
+  return v;
+#else
+  if (uintptr_t(p) % sizeof(V)) emulator::die("a load is not aligned");
+  return *static_cast<const V*>(p);
+#endif
+}
+
 // ---- tensor cores (sm_80)
+
+// Four 8 x 8 matrices of 16-bit elements in shared memory, row r of matrix i beginning, 16-byte aligned, where lane
+// 8 i + r says: of matrix i this lane gets elements 2t and 2t + 1 of row g (g = lane / 4, t = lane % 4).
+N3_DEVICE void load_matrices(const void* row, uint32_t (&d)[4]) {
+#if defined(__CUDACC__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  emulate_load_matrices(row, d);
+#endif
+}
 
 // c += a b for one warp, a [16, 16], b [16, 8], c [16, 8]. With g = lane / 4 and t = lane % 4 a lane holds
 //   a: (g, 2t..2t+1), (g + 8, same), (g, 2t+8..2t+9), (g + 8, same)     b: (2t..2t+1, g), (2t+8..2t+9, g)

@@ -26,7 +26,7 @@ N3_DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
 #else
-  return ::emulator::shared_memory;
+  return ::emulator::own_shared_memory();
 #endif
 }
 
@@ -121,6 +121,57 @@ template <int kRegisters>
 N3_DEVICE void take_registers() {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// ---- clusters: blocks that run at once and read each other's shared memory
+
+// For all threads of the cluster; also orders what they wrote to shared memory.
+N3_DEVICE void sync_cluster() {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+  ::emulator::wait_at(::emulator::Thread::kAtCluster);
+#endif
+}
+
+// What block `rank` of the cluster has where this one has p.
+N3_DEVICE float4 read_cluster(const float4* p, int rank) {
+#if defined(__CUDACC__)
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return v;
+#else
+  const char* there = reinterpret_cast<const char*>(p) - ::emulator::own_shared_memory() + ::emulator::shared_memory;
+  return *reinterpret_cast<const float4*>(there + rank * ::emulator::kSharedBytes);
+#endif
+}
+
+// ---- kernels that overlap (programmatic dependent launch)
+
+// The next kernel of the stream may start, if it was launched so, and wait at wait_for_previous().
+N3_DEVICE void let_next_start() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before have ended and what they wrote is there: before it, nothing that they may write is read and
+// nothing that they may read is written.
+N3_DEVICE void wait_for_previous() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings `bytes` at p, both multiples of 16, to L2: harmless whatever the kernels before write there.
+N3_DEVICE void prefetch_bytes(const void* p, uint32_t bytes) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 #endif
 }
 

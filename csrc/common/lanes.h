@@ -59,34 +59,45 @@ N3_LANE_FN void store_words(void* p, U32 v) {  // v < 2^16
   std::memcpy(p, &h, sizeof h);
 }
 
-N3_LANE_FN F32 load(const BFloat16* p) { return (F32)(load_words(p) << 16); }
+// 16-bit elements, in the low halves of words, as floats and back, to nearest even: bf16_to_float, half_to_float,
+// bf16_from_float and half_from_float in lanes. No subnormal floats arise on the way.
+N3_LANE_FN F32 from_words(BFloat16, U32 h) { return (F32)(h << 16); }
 
-// As half_to_float: no subnormal floats arise on the way.
-N3_LANE_FN F32 load(const Half* p) {
-  const U32 h = load_words(p), m = h & 0x7fff;
+N3_LANE_FN F32 from_words(Half, U32 h) {
+  const U32 m = h & 0x7fff;
   const U32 normal = (m << 13) + (m < 0x7c00 ? U32{} + (112u << 23) : U32{} + (224u << 23));
   const U32 subnormal = (U32)(__builtin_convertvector((I32)m, F32) * 0x1p-24f);
   return (F32)((m < 0x400 ? subnormal : normal) | (h & 0x8000) << 16);
 }
 
-N3_LANE_FN void store(float* p, F32 v) { std::memcpy(p, &v, sizeof v); }
-
-// To nearest even, as bf16_from_float.
-N3_LANE_FN void store(BFloat16* p, F32 v) {
+N3_LANE_FN U32 to_words(BFloat16, F32 v) {
   const U32 b = (U32)v;
   const U32 rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  store_words(p, (b & 0x7fffffff) > 0x7f800000 ? (b >> 16 | 0x40) : rounded);
+  return (b & 0x7fffffff) > 0x7f800000 ? (b >> 16 | 0x40) : rounded;
 }
 
-// To nearest even, as half_from_float.
-N3_LANE_FN void store(Half* p, F32 v) {
+N3_LANE_FN U32 to_words(Half, F32 v) {
   const U32 bits = (U32)v, b = bits & 0x7fffffff;
   const U32 normal = (b + 0xfff + (b >> 13 & 1) - (112u << 23)) >> 13;
   const U32 subnormal = (U32)((F32)b + 0.5f) & 0x7ff;
   U32 m = b < 0x38800000 ? subnormal : normal;
   m = b >= 0x477ff000 ? U32{} + 0x7c00 : m;
   m = b > 0x7f800000 ? U32{} + 0x7e00 : m;
-  store_words(p, m | (bits >> 16 & 0x8000));
+  return m | (bits >> 16 & 0x8000);
+}
+
+N3_LANE_FN F32 load(const BFloat16* p) { return from_words(BFloat16{}, load_words(p)); }
+N3_LANE_FN F32 load(const Half* p) { return from_words(Half{}, load_words(p)); }
+
+N3_LANE_FN void store(float* p, F32 v) { std::memcpy(p, &v, sizeof v); }
+N3_LANE_FN void store(BFloat16* p, F32 v) { store_words(p, to_words(BFloat16{}, v)); }
+N3_LANE_FN void store(Half* p, F32 v) { store_words(p, to_words(Half{}, v)); }
+
+// Rounded to T, to nearest even.
+template <typename T>
+N3_LANE_FN F32 rounded(F32 v) {
+  if constexpr (sizeof(T) == 4) return v;
+  else return from_words(T{}, to_words(T{}, v));
 }
 
 // The first n < kLanes elements alone are touched; the other lanes are 0.

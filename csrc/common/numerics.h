@@ -101,8 +101,9 @@ N3_HD uint16_t half_from_float(float v) {
 
 // Byte of scale (r, ks) in a matrix with ks_total scales per row: tiles of 128 x 4, 512 bytes each, row-major.
 N3_HD int64_t scale_128x4(int64_t r, int64_t ks, int64_t ks_total) {
-  const int64_t tile = r / 128 * ((ks_total + 3) / 4) + ks / 4;
-  return tile * 512 + r % 32 * 16 + r % 128 / 32 * 4 + ks % 4;
+  const uint64_t row = uint64_t(r), col = uint64_t(ks);  // unsigned: a quotient is then a shift alone
+  const uint64_t tile = row / 128 * ((uint64_t(ks_total) + 3) / 4) + col / 4;
+  return int64_t(tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + col % 4);
 }
 
 }  // namespace n3

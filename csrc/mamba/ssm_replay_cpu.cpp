@@ -26,6 +26,7 @@ using ssm_update::view_of;
 const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
+    case Isa::kAmx:
     case Isa::kAvx512: return kAvx512Kernels;
     case Isa::kAvx2: return kAvx2Kernels;
     case Isa::kGeneric: break;

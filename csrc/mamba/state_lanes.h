@@ -4,8 +4,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../common/lanes.h"
-#include "../common/philox.h"
+#include "../common/philox_lanes.h"
 #include "ssm_update_kernels.h"
 
 namespace n3::ssm_update {
@@ -13,7 +12,6 @@ namespace {
 
 constexpr int kParts = kTile / kLanes;  // vectors of a tile
 using F4 = float __attribute__((vector_size(16)));
-using U64 = uint64_t __attribute__((vector_size(4 * kLanes)));
 using I8 = int8_t __attribute__((vector_size(kLanes)));
 using U8 = uint8_t __attribute__((vector_size(kLanes)));
 
@@ -254,17 +252,6 @@ void read_rows(const Slot& s, int64_t head, int64_t row, int64_t n, float* to, i
 
 // ---- random words
 
-// The products of the lower words of every lane with m.
-N3_LANE_FN U64 multiply(U64 a, uint32_t m) {
-#if N3_LANES == 16
-  return (U64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)(U64{} + m));
-#elif N3_LANES == 8
-  return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)(U64{} + m));
-#else
-  return (a & 0xffffffff) * m;
-#endif
-}
-
 template <size_t... I>
 N3_LANE_FN void interleave(U64 a, U64 b, U64& first, U64& second, std::index_sequence<I...>) {
   constexpr int kHalf = kLanes / 2;
@@ -275,13 +262,8 @@ N3_LANE_FN void interleave(U64 a, U64 b, U64& first, U64& second, std::index_seq
 // The Philox words of elements first .. first + n, as philox4x32 makes them: a counter, of four words, in each lane of
 // 64 bits, whose upper half is not kept clean. `room` has space for n + 4 * kTile words.
 const uint32_t* random_words(uint64_t key, uint64_t offset, uint64_t first, int64_t n, uint32_t* room) {
-  constexpr int kCounters = kLanes / 2, kGroups = 2;  // two vectors at a time hide some latency of the products
-  U64 keys[10][2];
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  for (auto& k : keys) {
-    k[0] = U64{} + k0, k[1] = U64{} + k1;
-    k0 += 0x9e3779b9u, k1 += 0xbb67ae85u;
-  }
+  constexpr int kCounters = kLanes / 2, kGroups = 2;
+  const PhiloxLanes philox(key);
   U64 lanes;
   for (int i = 0; i < kCounters; ++i) lanes[i] = i;
   uint32_t* out = room;
@@ -292,15 +274,7 @@ const uint32_t* random_words(uint64_t key, uint64_t offset, uint64_t first, int6
       c0[i] = lanes + (counter + i * kCounters), c1[i] = c0[i] >> 32;
       c2[i] = U64{} + offset, c3[i] = c2[i] >> 32;
     }
-#pragma GCC unroll 1
-    for (const auto& k : keys) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroups; ++i) {
-        const U64 p0 = multiply(c0[i], 0xd2511f53u), p1 = multiply(c2[i], 0xcd9e8d57u);
-        c0[i] = p1 >> 32 ^ c1[i] ^ k[0], c1[i] = p1;
-        c2[i] = p0 >> 32 ^ c3[i] ^ k[1], c3[i] = p0;
-      }
-    }
+    philox(c0, c1, c2, c3);
     for (int i = 0; i < kGroups; ++i) {
       const U64 words01 = (c0[i] & 0xffffffff) | c1[i] << 32, words23 = (c2[i] & 0xffffffff) | c3[i] << 32;
       U64 words[2];

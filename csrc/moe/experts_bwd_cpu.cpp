@@ -35,6 +35,7 @@ constexpr int64_t kCopyWork = 8;        // multiply-adds in the time of adding, 
 const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
+    case Isa::kAmx:
     case Isa::kAvx512: return kAvx512Kernels;
     case Isa::kAvx2: return kAvx2Kernels;
     case Isa::kGeneric: break;

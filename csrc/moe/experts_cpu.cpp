@@ -22,6 +22,7 @@ using n3::for_items;
 using n3::moe::Batch;
 using n3::moe::DenseProduct;
 using n3::moe::Nvfp4Product;
+using n3::moe::Nvfp4TileProduct;
 using n3::moe_experts::op;
 using n3::moe_experts::OptionalTensor;
 using n3::moe_experts::Params;
@@ -77,8 +78,8 @@ dense::Activation activation_of(const Params& p) {
 }
 
 // rows[slot] = W_down act(W_up x) for the slots of some batches.
-template <typename Product>
-void run_group(const Params& p, Element element, const Product& up, const Product& down, const Tokens& tokens,
+template <typename Up, typename Down>
+void run_group(const Params& p, Element element, const Up& up, const Down& down, const Tokens& tokens,
                const Sorted& sorted, std::span<const Batch> batches, float* rows) {
   const dense::Kernels& kernels = dense::kernels();
   const dense::Activation activation = activation_of(p);
@@ -121,17 +122,18 @@ void combine(const Params& p, Element element, const Tokens& tokens, const float
   });
 }
 
-template <typename Product>
+template <typename Up, typename Down>
 void run(const Params& p, Element element) {
-  const auto product = [&](const n3::moe_experts::Weights& w) {
-    return Product({w.w, w.block_scale, w.global_scale, element, w.n, w.k});
+  const auto weights = [&](const n3::moe_experts::Weights& w) {
+    return n3::moe::Weights{w.w, w.block_scale, w.global_scale, element, w.n, w.k};
   };
-  const Product up = product(p.up), down = product(p.down);
+  const Up up(weights(p.up));
+  const Down down(weights(p.down));
   const int64_t most = std::clamp<int64_t>(kRowFloats / (p.top_k * std::max<int64_t>(p.width, 1)), 1, p.tokens);
   const auto rows = buffer<float>(most * p.top_k * p.width * 4);
   for (int64_t first = 0; first < p.tokens; first += most) {
     const Tokens tokens{first, std::min(most, p.tokens - first)};
-    const Sorted sorted = sort_slots(p, tokens, Product::kMostTokens);
+    const Sorted sorted = sort_slots(p, tokens, std::min(Up::kMostTokens, Down::kMostTokens));
     const auto run_some = [&](std::span<const Batch> batches) {
       run_group(p, element, up, down, tokens, sorted, batches, rows.get());
     };
@@ -171,7 +173,13 @@ Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, co
   p.valid_tokens = valid_tokens ? static_cast<const int32_t*>(data(*valid_tokens)) : nullptr;
   p.y = y.mutable_data_ptr();
   const Element element = n3::element_of(x.scalar_type());
-  p.dense ? run<DenseProduct>(p, element) : run<Nvfp4Product>(p, element);
+  if (p.dense) {
+    run<DenseProduct, DenseProduct>(p, element);
+  } else if (n3::moe::in_tiles(element)) {
+    run<Nvfp4TileProduct, Nvfp4Product>(p, element);  // between the two, rows are float32
+  } else {
+    run<Nvfp4Product, Nvfp4Product>(p, element);
+  }
   return y;
 }
 

@@ -1,5 +1,6 @@
 // nvfp4_dequantize: y = (e2m1 * e4m3) * global_scale. The product in brackets is exact in fp32; then one fp32 rounding,
-// and one more to a 16-bit dtype. A NaN scale byte (0x7f, 0xff) gives NaN, a negative one negates, code 8 is -0.
+// and one more to a 16-bit dtype. There is one global scale, or one for each index of the leading dimensions of q: for
+// each matrix of a stack, for each row. A NaN scale byte (0x7f, 0xff) gives NaN, a negative one negates, code 8 is -0.
 #pragma once
 #include <string>
 
@@ -11,9 +12,9 @@ constexpr const char* op = "nvfp4_dequantize";
 
 struct Params {
   const uint8_t *q, *block_scale;
-  const float* global_scale;
-  void* y;  // [rows, k]
-  int64_t rows, k;
+  const float* global_scale;  // of row r: global_scale[r / global_rows]
+  void* y;                    // [rows, k]
+  int64_t rows, k, global_rows;
   bool swizzled;
 };
 
@@ -39,10 +40,13 @@ inline Params check(const Tensor& q, const Tensor& block_scale, const Tensor& gl
     N3_CHECK(op, same, "block_scale must have the shape of q with a last dimension of ", ks, ", got ",
              shape_str(block_scale));
   }
-  N3_CHECK(op, global_scale.numel() == 1, "global_scale must have 1 element, got ", global_scale.numel());
+  const int64_t globals = global_scale.numel(), dims = global_scale.dim();
+  const bool leads = dims < q.dim() && global_scale.sizes() == q.sizes().slice(0, dims);
+  N3_CHECK(op, globals == 1 || leads, "global_scale must have 1 element or the leading dimensions of q, got ",
+           shape_str(global_scale));
   check_same_device(op, "block_scale", block_scale, "q", q);
   check_same_device(op, "global_scale", global_scale, "q", q);
-  return {nullptr, nullptr, nullptr, nullptr, rows, bytes * 2, swizzled};
+  return {nullptr, nullptr, nullptr, nullptr, rows, bytes * 2, globals ? rows / globals : 0, swizzled};
 }
 
 }  // namespace n3::nvfp4_dequantize

@@ -20,7 +20,7 @@ void launch(const dequantize::Params& p, cudaStream_t stream) {
   const int64_t blocks = (groups + dequantize::kThreads - 1) / dequantize::kThreads;
   const auto kernel = p.swizzled ? dequantize::dequantize_kernel<T, true> : dequantize::dequantize_kernel<T, false>;
   kernel<<<blocks, dequantize::kThreads, 0, stream>>>(p.q, p.block_scale, p.global_scale, static_cast<T*>(p.y), groups,
-                                                      ks);
+                                                      ks, p.global_rows * ks);
   N3_CUDA_CHECK(dequantize::op, cudaGetLastError());
 }
 
@@ -28,13 +28,13 @@ Tensor nvfp4_dequantize(const Tensor& q, const Tensor& block_scale, const Tensor
                         const std::string& scale_layout) {
   dequantize::Params p = dequantize::check(q, block_scale, global_scale, dtype, scale_layout);
   const n3::DeviceGuard guard(q.get_device_index());
-  const Tensor qc = n3::aligned(q), sc = n3::aligned(block_scale);
+  const Tensor qc = n3::aligned(q), sc = n3::aligned(block_scale), gc = n3::aligned(global_scale);
   std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
   shape.back() = p.k;
   const Tensor y = torch::stable::new_empty(q, shape, dtype);
   p.q = static_cast<const uint8_t*>(qc.const_data_ptr());
   p.block_scale = static_cast<const uint8_t*>(sc.const_data_ptr());
-  p.global_scale = static_cast<const float*>(global_scale.const_data_ptr());
+  p.global_scale = static_cast<const float*>(gc.const_data_ptr());
   p.y = y.mutable_data_ptr();
   const cudaStream_t stream = n3::current_stream(dequantize::op, q);
   switch (dtype) {  // check() let nothing else through

@@ -54,7 +54,7 @@ void finish(const linear::Params& p, float global, int64_t n0, int64_t rows, int
 template <typename T>
 void run(const linear::Params& p) {
   const linear::Kernels& kernel = linear::kernels();
-  const linear::GlobalScale global = linear::split_global_scale(kernel, *p.global_scale);
+  const linear::GlobalScale global = linear::split_global_scale(kernel.decoding, *p.global_scale);
   const int64_t row = linear::packed_floats(p.k);
   const auto x = buffer<float>(std::min(p.m, linear::kTokens) * row * 4);
   for (int64_t m0 = 0; m0 < p.m; m0 += linear::kTokens) {
@@ -72,6 +72,43 @@ void run(const linear::Params& p) {
       }
     });
   }
+}
+
+// The same in tiles, for bfloat16.
+void run_tiles(const linear::Params& p, const linear::amx::Kernels& kernel) {
+  namespace amx = linear::amx;
+  const linear::GlobalScale global = linear::split_global_scale(kernel.decoding, *p.global_scale);
+  const int64_t most = amx::tokens_per_call(p.m, p.k), panels = (p.n + amx::kPanelRows - 1) / amx::kPanelRows;
+  const auto x = buffer<char>(amx::tiles_of(most) * amx::tile_bytes(p.k, most));
+  const auto* rows = static_cast<const n3::BFloat16*>(p.x);
+  const auto* bias = static_cast<const n3::BFloat16*>(p.bias);
+  for (int64_t m0 = 0; m0 < p.m; m0 += most) {
+    const int64_t tokens = std::min(most, p.m - m0), tile_bytes = amx::tile_bytes(p.k, tokens);
+    torch::stable::parallel_for(0, amx::tiles_of(tokens), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t0 = i * amx::kTileTokens, count = std::min(amx::kTileTokens, tokens - t0);
+        const void* of[amx::kTileTokens];
+        for (int64_t t = 0; t < count; ++t) of[t] = rows + (m0 + t0 + t) * p.k;
+        kernel.pack(of, count, p.k, amx::tile_width(tokens), x.get() + i * tile_bytes);
+      }
+    });
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch = buffer<char>(kernel.scratch_bytes(p.k, tokens));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n0 = i * amx::kPanelRows;
+        const linear::Panel panel{p.q + n0 * (p.k / 2), p.block_scale + n0 * (p.k / 16),
+                                  std::min(amx::kPanelRows, p.n - n0), p.k};
+        n3::BFloat16* y = static_cast<n3::BFloat16*>(p.y) + m0 * p.n + n0;
+        const amx::Outputs out{global.factor, bias ? bias + n0 : nullptr, p.relu2, y, p.n};
+        kernel.product(global.table, panel, x.get(), tokens, scratch.get(), out);
+      }
+    });
+  }
+}
+
+void run_bfloat16(const linear::Params& p) {
+  const linear::amx::Kernels* tiles = linear::tile_kernels();
+  tiles ? run_tiles(p, *tiles) : run<n3::BFloat16>(p);
 }
 
 Tensor nvfp4_linear(const Tensor& x, const Tensor& q, const Tensor& block_scale, const Tensor& global_scale,
@@ -94,7 +131,7 @@ Tensor nvfp4_linear(const Tensor& x, const Tensor& q, const Tensor& block_scale,
   switch (x.scalar_type()) {  // check() let nothing else through
     case ScalarType::Float: run<float>(p); break;
     case ScalarType::Half: run<n3::Half>(p); break;
-    default: run<n3::BFloat16>(p);
+    default: run_bfloat16(p);
   }
   return y;
 }

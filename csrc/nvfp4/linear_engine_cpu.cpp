@@ -29,20 +29,37 @@ void fill_values(int exponent, Values& values) {
   }
 }
 
-// The decoding table of an exponent, made at its first use and kept: making one takes longer than a small product.
-const void* table_of(const Kernels& kernel, int exponent) {
-  constexpr int kCount = kMaxExponent - kMinExponent + 1;
-  static std::array<std::once_flag, kCount> made;
-  static std::array<Buffer<char>, kCount> tables;
-  const int i = exponent - kMinExponent;
-  std::call_once(made[i], [&] {
-    const auto values = buffer<float[16]>(sizeof(Values));
-    auto& table_values = reinterpret_cast<Values&>(*values.get());
-    fill_values(exponent, table_values);
-    tables[i] = buffer<char>(kernel.table_bytes);
-    kernel.prepare(table_values, tables[i].get());
-  });
-  return tables[i].get();
+// The decoding tables of the exponents, made at their first use and kept: making one takes longer than a small product.
+class Tables {
+ public:
+  explicit Tables(const Decoding& decoding) : decoding_(decoding) {}
+
+  const void* of(int exponent) {
+    const int i = exponent - kMinExponent;
+    std::call_once(made_[i], [&] {
+      const auto values = buffer<float[16]>(sizeof(Values));
+      auto& table_values = reinterpret_cast<Values&>(*values.get());
+      fill_values(exponent, table_values);
+      tables_[i] = buffer<char>(decoding_.table_bytes);
+      decoding_.prepare(table_values, tables_[i].get());
+    });
+    return tables_[i].get();
+  }
+
+ private:
+  static constexpr int kCount = kMaxExponent - kMinExponent + 1;
+  const Decoding& decoding_;
+  std::array<std::once_flag, kCount> made_;
+  std::array<Buffer<char>, kCount> tables_;
+};
+
+Tables& tables(const Decoding& decoding) {
+  static Tables lanes(kernels().decoding);
+#if defined(__x86_64__)
+  static Tables tiles(amx::kKernels.decoding);
+  if (&decoding == &amx::kKernels.decoding) return tiles;
+#endif
+  return lanes;
 }
 
 }  // namespace
@@ -50,6 +67,7 @@ const void* table_of(const Kernels& kernel, int exponent) {
 const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
+    case Isa::kAmx:
     case Isa::kAvx512: return kAvx512Kernels;
     case Isa::kAvx2: return kAvx2Kernels;
     case Isa::kGeneric: break;
@@ -58,9 +76,16 @@ const Kernels& kernels() {
   return kGenericKernels;
 }
 
-GlobalScale split_global_scale(const Kernels& kernel, float global) {
+const amx::Kernels* tile_kernels() {
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::kAmx) return &amx::kKernels;
+#endif
+  return nullptr;
+}
+
+GlobalScale split_global_scale(const Decoding& decoding, float global) {
   const int exponent = weight_exponent(global);
-  return {table_of(kernel, exponent), std::ldexp(global, -exponent)};
+  return {tables(decoding).of(exponent), std::ldexp(global, -exponent)};
 }
 
 }  // namespace n3::nvfp4_linear

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "decode_kernel.cuh"
+#include "linear_epilogue.cuh"
 #include "linear_plan.h"
 
 namespace n3::nvfp4_linear {
@@ -23,27 +24,6 @@ N3_DEVICE GlobalScale split_global(float global, bool fold) {
   e = e < -100 ? -100 : e > 100 ? 100 : e;
   return {bits_float(uint32_t(127 + e) << 23), global * bits_float(uint32_t(127 - e) << 23)};
 }
-
-// What is done to a sum before it is stored.
-template <typename T>
-struct Epilogue {
-  const T* bias;  // or null
-  T* y;
-  int64_t m, n;
-  float rest;
-  bool relu2;
-
-  N3_DEVICE void operator()(int64_t row, int64_t col, float sum) const {
-    if (row >= m || col >= n) return;
-    float v = sum * rest;
-    if (bias) v += device::widen(bias[col]);
-    if (relu2) {
-      v = v < 0.f ? 0.f : v;  // NaN stays
-      v = v * v;
-    }
-    y[row * n + col] = device::narrow<T>(v);
-  }
-};
 
 // ---------------------------------------------------------------- few rows of x
 

@@ -27,9 +27,14 @@ struct Panel {
 
 using Values = float[256][16];  // [scale byte][code]: e2m1 * e4m3 * 2^e
 
-struct Kernels {
+// The decoding table of a set of kernels.
+struct Decoding {
   int64_t table_bytes;
   void (*prepare)(const Values& values, void* table);
+};
+
+struct Kernels {
+  Decoding decoding;
   // Packs one row of x as token `t` of a tile of `width`, with zeros after k.
   void (*pack)(const float* x, int64_t k, int64_t width, int64_t t, float* packed_tile);
   // Rows per panel, and the scratch for one.

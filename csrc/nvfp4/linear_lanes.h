@@ -256,7 +256,7 @@ struct Lanes {
 template <typename Arch>
 constexpr Kernels kernels_of() {
   using K = Lanes<Arch>;
-  return {sizeof(typename Arch::Table), Arch::prepare, K::pack, K::panel_rows, K::scratch_bytes, K::sums};
+  return {{sizeof(typename Arch::Table), Arch::prepare}, K::pack, K::panel_rows, K::scratch_bytes, K::sums};
 }
 
 }  // namespace

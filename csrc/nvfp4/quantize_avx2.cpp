@@ -1,6 +1,6 @@
 #define N3_LANES 8
-#include "quantize_lanes.h"
+#include "quantize_walk.h"
 
 namespace n3::nvfp4_quantize {
-const Kernels kAvx2Kernels = {amax, encode};
+const Kernels kAvx2Kernels = kKernels;
 }

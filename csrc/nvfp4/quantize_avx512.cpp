@@ -1,6 +1,6 @@
 #define N3_LANES 16
-#include "quantize_lanes.h"
+#include "quantize_walk.h"
 
 namespace n3::nvfp4_quantize {
-const Kernels kAvx512Kernels = {amax, encode};
+const Kernels kAvx512Kernels = kKernels;
 }

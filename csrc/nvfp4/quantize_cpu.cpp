@@ -1,111 +1,177 @@
-#include "quantize.h"
-
-#include <atomic>
-#include <cfloat>
-#include <cmath>
-#include <tuple>
-#include <vector>
+#include <algorithm>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include "../common/cpu.h"
-#include "swizzle.h"
+#include "quantize_encoder.h"
 
 #define N3_LANES 4  // the vectors every x86-64 and AArch64 has
-#include "quantize_lanes.h"
+#include "quantize_walk.h"
 
 namespace n3::nvfp4_quantize {
-const Kernels kGenericKernels = {amax, encode};
+
+const Kernels kGenericKernels = kKernels;
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case Isa::kAmx:
+    case Isa::kAvx512: return kAvx512Kernels;
+    case Isa::kAvx2: return kAvx2Kernels;
+    case Isa::kGeneric: break;
+  }
+#endif
+  return kGenericKernels;
 }
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-namespace quantize = n3::nvfp4_quantize;
-namespace swizzle = n3::nvfp4_swizzle;
+constexpr int64_t kStripRows = 64;        // of columns: of 16-bit elements whole cache lines
+constexpr int64_t kStripBlocks = 64;      // of a row
+constexpr int64_t kChunkBytes = 1 << 15;  // of rows whose maxima are found and that are encoded in one go: in L1 or L2
 
-const quantize::Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (n3::cpu_isa()) {
-    case n3::Isa::kAvx512: return quantize::kAvx512Kernels;
-    case n3::Isa::kAvx2: return quantize::kAvx2Kernels;
-    case n3::Isa::kGeneric: break;
-  }
-#endif
-  return quantize::kGenericKernels;
-}
+// One tensor being quantised; nothing in it is empty.
+class Quantizer {
+ public:
+  Quantizer(const Params& p, const Matrices& m, Element element)
+      : p_(p), m_(m), element_(element), ks_(p.k / 16), encoder_(p) {}
 
-constexpr int64_t kGrain = 2048;  // blocks: 32k elements, some 10 us
-
-// A maximum does not depend on the order, so neither does anything on the number of threads.
-float global_amax(const quantize::Params& p, quantize::Source source, int64_t block_bytes) {
-  std::atomic<uint32_t> top{0};
-  torch::stable::parallel_for(0, p.rows * p.k / 16, kGrain, [&](int64_t begin, int64_t end) {
-    const void* x = static_cast<const char*>(p.x) + begin * block_bytes;
-    const uint32_t mine = kernels().amax(x, source, end - begin);
-    uint32_t seen = top.load();
-    while (mine > seen && !top.compare_exchange_weak(seen, mine)) {
+  void run() {
+    const bool columns = m_.k_stride != 1;
+    if (p_.form.per_row) {
+      columns ? rows_of_columns() : rows();
+    } else {
+      if (!encoder_.given()) encoder_.set_amax(0, amax());
+      columns ? encode_columns() : p_.square ? encode_squares() : encode();
     }
-  });
-  return n3::bits_float(top.load());
-}
-
-quantize::Source source_of(ScalarType dtype) {
-  switch (dtype) {  // check() let nothing else through
-    case ScalarType::Float: return quantize::Source::kFloat;
-    case ScalarType::Half: return quantize::Source::kHalf;
-    default: return quantize::Source::kBFloat16;
+    encoder_.finish();
   }
-}
 
-void quantize_blocks(const quantize::Params& p, quantize::Source source) {
-  const int64_t block_bytes = source == quantize::Source::kFloat ? 64 : 32;
-  float s_enc;
-  if (p.global_scale) {
-    s_enc = *p.global_scale == 0.f ? 1.f : std::fmin(1.f / *p.global_scale, FLT_MAX);
-    *p.global_out = *p.global_scale;
+ private:
+  // ---- the maximum of all
+
+  float amax() {
+    const bool columns = m_.k_stride != 1;
+    const int64_t size = m_.batches * m_.rows * m_.k;
+    const bool side_by_side = (columns ? m_.k_stride == m_.rows : m_.row_stride == m_.k) &&
+                              (m_.batches == 1 || m_.batch_stride == m_.rows * m_.k);
+    Maximum top;
+    if (side_by_side && !p_.signs) {
+      torch::stable::parallel_for(0, size, kGrain * 16, [&](int64_t begin, int64_t end) {
+        const void* x = static_cast<const char*>(m_.data) + begin * element_size(element_);
+        top.add(kernels().amax[element_](x, end - begin));
+      });
+    } else if (columns) {
+      for_strips(kStripRows, ks_, [&](const Strip& strip) {
+        uint32_t rows[kStripRows];
+        kernels().column_amax[element_](m_, p_.signs, strip, rows);
+        top.add(*std::max_element(rows, rows + strip.rows));
+      });
+    } else if (p_.signs) {
+      torch::stable::parallel_for(0, p_.rows * ks_, kGrain, [&](int64_t begin, int64_t end) {
+        top.add(kernels().rotated_amax[element_](m_, p_.signs, begin, end));
+      });
+    } else {
+      torch::stable::parallel_for(0, p_.rows, row_grain(), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) top.add(kernels().amax[element_](row_at(m_, element_, r), p_.k));
+      });
+    }
+    return top.value();
+  }
+
+  // ---- one global scale
+
+  void encode() {
+    torch::stable::parallel_for(0, p_.rows * ks_, kGrain, [&](int64_t begin, int64_t end) {
+      kernels().encode[element_](m_, encoder_.encoding(), begin, end);
+    });
+  }
+
+  void encode_squares() {
+    for_strips(16, kStripBlocks, [&](const Strip& strip) {
+      kernels().encode_square[element_](m_, encoder_.encoding(), strip);
+    });
+  }
+
+  void encode_columns() {
+    for_strips(kStripRows, kStripBlocks, [&](const Strip& strip) {
+      kernels().encode_columns[element_](m_, encoder_.encoding(), strip, p_.square);
+    });
+  }
+
+  // ---- one for each row, which is read once from memory
+
+  void rows() {
+    const int64_t chunk = std::max<int64_t>(1, kChunkBytes / (p_.k * element_size(element_)));
+    torch::stable::parallel_for(0, p_.rows, row_grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += chunk) {
+        const int64_t last = std::min(end, first + chunk);
+        for (int64_t r = first; !encoder_.given() && r < last; ++r) {
+          const uint32_t top = p_.signs
+                                   ? kernels().rotated_amax[element_](m_, p_.signs, r * ks_, (r + 1) * ks_)
+                                   : kernels().amax[element_](row_at(m_, element_, r), p_.k);
+          encoder_.set_amax(r, bits_float(top));
+        }
+        kernels().encode[element_](m_, encoder_.encoding(), first * ks_, last * ks_);
+      }
+    });
+  }
+
+  void rows_of_columns() {
+    for_strips(kStripRows, ks_, [&](const Strip& strip) {
+      uint32_t tops[kStripRows];
+      if (!encoder_.given()) {
+        kernels().column_amax[element_](m_, p_.signs, strip, tops);
+        for (int64_t r = 0; r < strip.rows; ++r) {
+          encoder_.set_amax(strip.batch * m_.rows + strip.row + r, bits_float(tops[r]));
+        }
+      }
+      kernels().encode_columns[element_](m_, encoder_.encoding(), strip, false);
+    });
+  }
+
+  // ---- places
+
+  int64_t row_grain() const { return std::max<int64_t>(1, kGrain / ks_); }
+
+  // Parts of at most `rows` rows and `blocks` blocks of each.
+  template <typename Body>
+  void for_strips(int64_t rows, int64_t blocks, const Body& body) {
+    const int64_t down = (m_.rows + rows - 1) / rows, across = (ks_ + blocks - 1) / blocks;
+    const int64_t size = std::min(rows, m_.rows) * std::min(blocks, ks_);
+    const int64_t grain = std::max<int64_t>(1, kGrain / size);
+    torch::stable::parallel_for(0, m_.batches * down * across, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i / across % down * rows, block = i % across * blocks;
+        body(Strip{i / across / down, row, std::min(rows, m_.rows - row), block, std::min(blocks, ks_ - block)});
+      }
+    });
+  }
+
+  const Params& p_;
+  const Matrices m_;
+  const Element element_;
+  const int64_t ks_;
+  Encoder encoder_;
+};
+
+Parts quantize(const Tensor& x, const std::optional<Tensor>& global_scale, const std::optional<Tensor>& hadamard,
+               const std::optional<Tensor>& seed, const std::string& rounding, bool four_over_six,
+               const std::string& metric, const std::string& block, bool per_row, const std::string& scale_layout) {
+  Params p = check(x, global_scale, hadamard, seed, rounding, four_over_six, metric, block, per_row, scale_layout);
+  const Parts parts = empty_parts(x, p);
+  const Dense<float> given(global_scale), signs(hadamard);
+  const Dense<int64_t> key(rounding == "stochastic" ? seed : std::nullopt);
+  p.global_scale = given.data(), p.signs = signs.data(), p.seed = key.data();
+  if (p.rows * p.k == 0) {
+    Encoder(p).finish();
   } else {
-    const float amax = global_amax(p, source, block_bytes);
-    s_enc = amax == 0.f ? 1.f : std::fmin((p.four_over_six ? 1536.f : 2688.f) / amax, FLT_MAX);
-    *p.global_out = 1.f / s_enc;
+    const Readable in(x);
+    Quantizer(p, in.matrices(), element_of(x.scalar_type())).run();
   }
-  if (s_enc == 0.f) s_enc = 1.f;
-  torch::stable::parallel_for(0, p.rows * p.k / 16, kGrain, [&](int64_t begin, int64_t end) {
-    const void* x = static_cast<const char*>(p.x) + begin * block_bytes;
-    kernels().encode(x, source, end - begin, {s_enc, p.four_over_six}, p.q + begin * 8,
-                     p.block_scale + begin);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> nvfp4_quantize(const Tensor& x, const std::optional<Tensor>& global_scale,
-                                                  const std::optional<Tensor>& hadamard,
-                                                  const std::optional<Tensor>& seed, const std::string& rounding,
-                                                  bool four_over_six, const std::string& block,
-                                                  const std::string& scale_layout) {
-  quantize::Params p = quantize::check(x, global_scale, hadamard, seed, rounding, four_over_six, block, scale_layout);
-  const Tensor xc = torch::stable::contiguous(x);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = p.k / 2;
-  const Tensor q = torch::stable::new_empty(x, shape, ScalarType::Byte);
-  shape.back() = p.k / 16;
-  const Tensor linear_scale = torch::stable::new_empty(x, shape, ScalarType::Float8_e4m3fn);
-  const Tensor global_out = torch::stable::new_empty(x, std::vector<int64_t>{}, ScalarType::Float);
-  p.x = xc.const_data_ptr();
-  p.global_scale = global_scale ? static_cast<const float*>(global_scale->const_data_ptr()) : nullptr;
-  p.q = static_cast<uint8_t*>(q.mutable_data_ptr());
-  p.block_scale = static_cast<uint8_t*>(linear_scale.mutable_data_ptr());
-  p.global_out = static_cast<float*>(global_out.mutable_data_ptr());
-  quantize_blocks(p, source_of(x.scalar_type()));
-  if (!p.swizzled) return {q, linear_scale, global_out};
-
-  const std::vector<int64_t> tiles = {swizzle::padded_rows(p.rows), swizzle::padded_cols(p.k / 16)};
-  const Tensor block_scale = torch::stable::new_empty(linear_scale, tiles);
-  swizzle::swizzle_on_cpu({p.block_scale, static_cast<uint8_t*>(block_scale.mutable_data_ptr()), 1, p.rows, p.k / 16});
-  return {q, block_scale, global_out};
+  return parts;
 }
 
 }  // namespace
+}  // namespace n3::nvfp4_quantize
 
-STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("nvfp4_quantize", TORCH_BOX(&nvfp4_quantize)); }
+STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("nvfp4_quantize", TORCH_BOX(&n3::nvfp4_quantize::quantize)); }

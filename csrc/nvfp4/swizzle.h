@@ -41,5 +41,7 @@ inline Params check_unswizzle(const Tensor& block_scale, int64_t rows, int64_t c
 }
 
 void swizzle_on_cpu(const Params& p);  // for nvfp4_quantize; in swizzle_cpu.cpp
+// For nvfp4_gemm; in swizzle_cuda.cu. The stream is a cudaStream_t.
+void swizzle_on_cuda(const char* op, const Params& p, void* stream);
 
 }  // namespace n3::nvfp4_swizzle

@@ -49,6 +49,10 @@ Tensor nvfp4_unswizzle_scale(const Tensor& block_scale, int64_t rows, int64_t co
 
 }  // namespace
 
+void n3::nvfp4_swizzle::swizzle_on_cuda(const char* op, const Params& p, void* stream) {
+  launch<false>(op, p, static_cast<cudaStream_t>(stream));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(n3, CUDA, m) {
   m.impl("nvfp4_swizzle_scale", TORCH_BOX(&nvfp4_swizzle_scale));
   m.impl("nvfp4_unswizzle_scale", TORCH_BOX(&nvfp4_unswizzle_scale));

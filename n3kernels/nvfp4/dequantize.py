@@ -15,8 +15,8 @@ def dequantize(t: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     r"""Returns ``(e2m1 * block_scale) * global_scale``, the value of an NVFP4 tensor.
 
     Args:
-        t: of shape ``[..., K]``, either scale layout. A NaN block scale (0x7f, 0xff) gives NaN, a negative one negates,
-            a scale of 0 gives 0, code 8 is -0.
+        t: of shape ``[..., K]``, either scale layout; one global scale, or one per matrix or row. A NaN block scale
+            (0x7f, 0xff) gives NaN, a negative one negates, a scale of 0 gives 0, code 8 is -0.
         dtype: float32, float16 or bfloat16.
     Returns:
         ``[..., K]`` in ``dtype``, contiguous. The first product is exact, the second one float32 rounding, then one
@@ -50,7 +50,11 @@ def _check(q, block_scale, global_scale, *, dtype, scale_layout="linear"):
         check.fail(
             f"block_scale must have the shape of q with a last dimension of {width // 8}, got {shape_str(block_scale)}"
         )
-    check.that(global_scale.numel() == 1, "global_scale must have 1 element", global_scale.numel())
+    lead = q.shape[: global_scale.dim()]
+    check.that(
+        global_scale.numel() == 1 or (global_scale.dim() < q.dim() and global_scale.shape == lead),
+        "global_scale must have 1 element or the leading dimensions of q", lambda: shape_str(global_scale),
+    )  # fmt: skip
     check.same_device("q", q, block_scale=block_scale, global_scale=global_scale)
 
 

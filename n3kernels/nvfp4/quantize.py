@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._checks import Check
-from . import reference
+from . import reference, reference_quantize
 from .tensor import NVFP4Tensor
 
 __all__ = ["quantize"]
@@ -17,7 +17,9 @@ def quantize(
     *,
     rounding: str = "nearest",
     four_over_six: bool = False,
+    metric: str = "mae",
     block: str = "1x16",
+    per_row: bool = False,
     scale_layout: str = "linear",
     hadamard: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -27,7 +29,7 @@ def quantize(
     Every step is one float32 operation, in this order::
 
         S_enc       = min(2688 / amax, FLT_MAX), 1 if amax is 0          amax over the finite elements of x
-        block_scale = e4m3(block_amax * (S_enc / 6))                     nearest even, saturating at 448
+        block_scale = e4m3(block_amax * (S_enc * (1 / 6)))               nearest even, saturating at 448
         code        = e2m1(x * min(1 / (block_scale * (1 / S_enc)), FLT_MAX))
         global_scale = 1 / S_enc
 
@@ -36,27 +38,34 @@ def quantize(
     infinity gets scale byte 0x7f and codes 0: it alone decodes to NaN.
 
     Args:
-        x: ``[..., K]``, float32, float16 or bfloat16, K a multiple of 16; any strides.
-        global_scale: float32, 1 element: a decode scale to use instead; ``S_enc = min(1 / global_scale, FLT_MAX)``, or
-            1 if it is 0. It is read on the device and returned as it is.
+        x: ``[..., K]``, float32, float16 or bfloat16, K a multiple of 16; any strides: ``x.mT`` is read where it lies,
+            which makes the column-wise copy that training needs.
+        global_scale: float32, 1 element (``per_row``: ``[...]``, one for each row): a decode scale to use instead;
+            ``S_enc = min(1 / global_scale, FLT_MAX)``, or 1 if it is 0. Read on the device and returned as it is.
         rounding: ``"nearest"``, or ``"stochastic"``: up with the probability of the distance from the lower code.
-        four_over_six: per block the better of the scales that map its amax to 6 and to 4, by the sum of absolute
-            errors, ties to 6: ``e4m3(b)`` or ``e4m3(1.5 b)`` with ``b = block_amax / 6 * S_enc``. 2688 becomes 1536,
-            so that ``1.5 b`` cannot saturate. With stochastic rounding the choice is that of nearest rounding.
+        four_over_six: per block the better of the scales that map its amax to 6 and to 4: ``e4m3(b)`` or
+            ``e4m3(1.5 b)`` with ``b = block_amax / 6 * S_enc``. 2688 becomes 1536, so that ``1.5 b`` cannot saturate.
+            Better is the smaller error of ``((code * scale) * amax) / 1536`` against x (amax of a given global scale:
+            ``1536 * global_scale``), ties to 6. With stochastic rounding the choice is that of nearest rounding.
+        metric: of that error: ``"mae"``, the sum of absolute differences, or ``"mse"``, of their squares; over k in
+            order, and over the rows of a square block as a tree (i + 8, i + 4, i + 2, i + 1).
         block: ``"1x16"``, or ``"16x16"``: one scale per 16 rows too (rows a multiple of 16), stored for each row.
+        per_row: one global scale per row of x instead of one in all, each from the row's own amax; not for 16x16.
         scale_layout: ``"linear"``, or ``"128x4"``: the tiles of block-scaled tensor cores, rows and scale columns
             padded with zero bytes to multiples of 128 and 4.
         hadamard: 16 signs, float32 ``[16]``: x becomes ``(x * signs) @ H16 / 4`` in every 16 elements first, a
-            butterfly in float32 with strides 1, 2, 4, 8.
+            butterfly in float32 with strides 1, 2, 4, 8, rounded to the dtype of x.
         generator: source of stochastic rounding; the default generator of x's device if None.
     Returns:
         `NVFP4Tensor`: ``q`` uint8 ``[..., K/2]``, ``block_scale`` float8_e4m3fn ``[..., K/16]`` or
-        ``[ceil(R/128)*128, ceil(K/64)*4]`` with R all rows, ``global_scale`` float32, 0 dimensions. Byte for byte the
-        same on every backend, device and number of threads. No gradient flows through.
+        ``[ceil(R/128)*128, ceil(K/64)*4]`` with R all rows, ``global_scale`` float32, 0 dimensions or ``[...]``. Byte
+        for byte the same on every backend, device and number of threads. No gradient flows through; `fake_quantize`
+        is for that.
     Raises:
         RuntimeError: a shape, dtype or option outside the above; the message names argument and values.
-    Source: TransformerEngine's ``NVFP4BlockScaling`` for the order of operations, stochastic rounding, 2-D scaling and
-    the Hadamard transform; Four Over Six (arXiv:2512.02010), errors taken of ``(code * scale) * (1 / S_enc)``.
+    Source: TransformerEngine's reference quantiser (``reference_nvfp4.py`` of version 2.20) for the order of
+    operations, 2-D scaling, four-over-six and scales per row, equal to it byte for byte but for blocks whose scale
+    underflows, to which it gives codes; arXiv:2509.25149 for the recipe; Four Over Six (arXiv:2512.02010).
 
     >>> t = quantize(torch.tensor([[6.0, -3.0, 0.5, 0.0] * 4]), torch.tensor(1.0))
     >>> t.dequantize(torch.float32)[0, :4].tolist()
@@ -65,11 +74,37 @@ def quantize(
     seed = None
     if rounding == "stochastic":
         seed = torch.randint(2**63 - 1, (2,), generator=generator, device=x.device)
-    q, block_scale, global_scale = torch.ops.n3.nvfp4_quantize.default(
-        x.detach(), global_scale, hadamard, seed, rounding=rounding, four_over_six=four_over_six, block=block,
-        scale_layout=scale_layout,
+    parts = torch.ops.n3.nvfp4_quantize.default(
+        x.detach(), global_scale, hadamard, seed, rounding=rounding, four_over_six=four_over_six, metric=metric,
+        block=block, per_row=per_row, scale_layout=scale_layout,
     )  # fmt: skip
-    return NVFP4Tensor(q, block_scale, global_scale, scale_layout, tuple(x.shape))
+    return NVFP4Tensor(*parts, scale_layout, tuple(x.shape))
+
+
+def check_input(check: Check, x: Tensor, k: int, global_scale: Tensor | None, metric: str, per_row: bool, layout: str):
+    """What every quantiser asks of what it quantises: rows ``x`` that become rows of k elements."""
+    check.that(k % 16 == 0, "x must have a last dimension that is a multiple of 16", k)
+    if global_scale is not None:
+        check.dtype("global_scale", global_scale, torch.float32)
+        if per_row:
+            check.shape("global_scale", global_scale, x.shape[:-1])
+        else:
+            check.that(global_scale.numel() == 1, "global_scale must have 1 element", global_scale.numel())
+        check.same_device("x", x, global_scale=global_scale)
+    check.choice("metric", metric, ("mae", "mse"))
+    check.choice("scale_layout", layout, ("linear", "128x4"))
+
+
+def empty_parts(x: Tensor, k: int, per_row: bool, scale_layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs for rows ``x`` that become rows of k elements."""
+    lead = x.shape[:-1]
+    q = x.new_empty((*lead, k // 2), dtype=torch.uint8)
+    scale_shape = (*lead, k // 16)
+    if scale_layout == "128x4":
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        scale_shape = (reference.pad(rows, 128), reference.pad(k // 16, 4))
+    block_scale = x.new_empty(scale_shape, dtype=torch.float8_e4m3fn)
+    return q, block_scale, x.new_empty(lead if per_row else (), dtype=torch.float32)
 
 
 def _check(
@@ -80,24 +115,22 @@ def _check(
     *,
     rounding="nearest",
     four_over_six=False,
+    metric="mae",
     block="1x16",
+    per_row=False,
     scale_layout="linear",
+    op="nvfp4_quantize",
 ):
-    check = Check("nvfp4_quantize")
+    check = Check(op)
     check.floating("x", x, double=False)
     check.that(x.dim() >= 1, "x must have at least 1 dimension", x.dim())
-    k = x.shape[-1]
-    check.that(k % 16 == 0, "x must have a last dimension that is a multiple of 16", k)
-    if global_scale is not None:
-        check.dtype("global_scale", global_scale, torch.float32)
-        check.that(global_scale.numel() == 1, "global_scale must have 1 element", global_scale.numel())
-        check.same_device("x", x, global_scale=global_scale)
+    check_input(check, x, x.shape[-1], global_scale, metric, per_row, scale_layout)
     check.choice("rounding", rounding, ("nearest", "stochastic"))
     check.choice("block", block, ("1x16", "16x16"))
-    check.choice("scale_layout", scale_layout, ("linear", "128x4"))
     if block == "16x16":
         rows = x.shape[-2] if x.dim() > 1 else 1
         check.that(rows % 16 == 0, "x must have rows in multiples of 16 for block=16x16", rows)
+        check.that(not per_row, "per_row must be False for block=16x16", per_row)
     if hadamard is not None:
         check.dtype("hadamard", hadamard, torch.float32)
         check.shape("hadamard", hadamard, (16,))
@@ -109,31 +142,14 @@ def _check(
     check.same_device("x", x, hadamard=hadamard, seed=seed)
 
 
-def _fake(x, *scales_and_seeds, scale_layout="linear", **options):
-    *lead, k = x.shape
-    q = x.new_empty((*lead, k // 2), dtype=torch.uint8)
-    scale_shape = (*lead, k // 16)
-    if scale_layout == "128x4":
-        rows = x.numel() // k if k else 0
-        scale_shape = (reference.pad(rows, 128), reference.pad(k // 16, 4))
-    block_scale = x.new_empty(scale_shape, dtype=torch.float8_e4m3fn)
-    return q, block_scale, x.new_empty((), dtype=torch.float32)
-
-
-def _supports(x, global_scale=None, hadamard=None, seed=None, *, rounding="nearest", block="1x16", **options):
-    """The options of training are served by the reference alone."""
-    if rounding == "stochastic":
-        return "rounding='stochastic' is served by the reference alone"
-    if block == "16x16":
-        return "block='16x16' is served by the reference alone"
-    return None if hadamard is None else "hadamard is served by the reference alone"
+def _fake(x, *scales_and_seeds, per_row=False, scale_layout="linear", **options):
+    return empty_parts(x, x.shape[-1], per_row, scale_layout)
 
 
 _dispatch.register(
     "nvfp4_quantize",
     check=_check,
     fake=_fake,
-    reference=reference.nvfp4_quantize,
+    reference=reference_quantize.nvfp4_quantize,
     triton="n3kernels.triton_ops.nvfp4.quantize:nvfp4_quantize",
-    supports={"cpu": _supports, "triton": _supports, "cuda": _supports},
 )

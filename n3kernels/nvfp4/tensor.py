@@ -22,7 +22,7 @@ class NVFP4Tensor(NamedTuple):
 
     q: Tensor  # uint8 [..., N, K/2], low nibble = even k
     block_scale: Tensor  # float8_e4m3fn [..., N, K/16], or the 128x4 tiles of all rows
-    global_scale: Tensor  # float32, 1 element; [E] for a stack of E matrices
+    global_scale: Tensor  # float32: 1 element, or shape[:i] for some i: [E] of a stack, [..., N] of rows
     scale_layout: str  # "linear" or "128x4"
     shape: tuple[int, ...]  # [..., N, K]
 
@@ -50,12 +50,9 @@ class NVFP4Tensor(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The value in ``dtype``; see `n3kernels.nvfp4.dequantize`."""
-        op = torch.ops.n3.nvfp4_dequantize.default
-        if self.global_scale.numel() == 1:
-            return op(self.q, self.block_scale, self.global_scale, dtype=dtype, scale_layout=self.scale_layout)
-        one = torch.ones((), device=self.q.device)
-        exact = op(self.q, self.block_scale, one, dtype=torch.float32, scale_layout=self.scale_layout)
-        return (exact * self.global_scale.view(-1, *[1] * (exact.dim() - 1))).to(dtype)
+        return torch.ops.n3.nvfp4_dequantize.default(
+            self.q, self.block_scale, self.global_scale, dtype=dtype, scale_layout=self.scale_layout
+        )
 
     def to(self, device: torch.device | str) -> NVFP4Tensor:
         """The same tensor on another device."""

@@ -49,7 +49,7 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint32_t index;
-  enum { kRunning, kAtWarp, kAtBlock, kPolling, kDone } state;
+  enum { kRunning, kAtWarp, kAtBlock, kAtCluster, kPolling, kDone } state;
   std::function<bool()> ready;                            // what kPolling waits for
   std::vector<std::function<void()>> copies;              // of the open group
   std::deque<std::vector<std::function<void()>>> groups;  // committed, not waited for
@@ -57,11 +57,14 @@ struct Thread {
 
 struct Warp {
   uint32_t value[32];
+  const void* row[32];
   uint32_t a[32][4], b[32][2];
 };
 
-struct Block {
+struct Block {  // or the blocks of a cluster, one after the other in `threads`
   ucontext_t scheduler;
+  size_t size = 0;       // threads of one block
+  uint32_t first = 0;    // index of the first block
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Thread* running = nullptr;
@@ -126,12 +129,14 @@ inline void run_block(bool reversed) {
           if (t.state != Thread::kRunning) continue;
           progress = true;
           block.running = &t;
-          thread_index.x = t.index;
+          thread_index.x = uint32_t(t.index % block.size);
+          block_index.x = uint32_t(block.first + t.index / block.size);
           swapcontext(&block.scheduler, &t.context);
         }
       } while (release(begin, end, Thread::kAtWarp));
     }
-    progress |= release(0, count, Thread::kAtBlock);
+    for (size_t b = 0; b < count; b += block.size) progress |= release(b, b + block.size, Thread::kAtBlock);
+    progress |= release(0, count, Thread::kAtCluster);
     if (progress) continue;
     for (const Thread& t : block.threads) {
       if (t.state != Thread::kDone) die("threads wait at different barriers");
@@ -140,17 +145,19 @@ inline void run_block(bool reversed) {
   }
 }
 
-// kernel<<<blocks, threads>>>(), `body` being the call. Threads take their turns in ascending or descending order.
-inline void launch(int64_t blocks, int threads, bool reversed, const std::function<void()>& body) {
+// kernel<<<blocks, threads>>>() in clusters of `cluster` blocks, `body` being the call. Threads take their turns in
+// ascending or descending order.
+inline void launch(int64_t blocks, int threads, bool reversed, const std::function<void()>& body, int cluster = 1) {
   constexpr size_t kStack = 256 * 1024;
   block.body = &body;
-  block.threads.resize(threads);
-  block.warps.assign((threads + 31) / 32, {});
+  block.threads.resize(threads * cluster);
+  block.warps.assign((threads * cluster + 31) / 32, {});
+  block.size = threads;
   grid_dim.x = uint32_t(blocks);
-  for (int64_t b = 0; b < blocks; ++b) {
-    block_index.x = uint32_t(b);
+  for (int64_t b = 0; b < blocks; b += cluster) {
+    block.first = block_index.x = uint32_t(b);
     block.started = false;
-    for (int i = 0; i < threads; ++i) {
+    for (int i = 0; i < threads * cluster; ++i) {
       Thread& t = block.threads[i];
       if (!t.stack) t.stack.reset(new char[kStack]);
       t.index = uint32_t(i);
@@ -210,6 +217,16 @@ inline void emulate_wait(size_t pending) {
   for (; t.groups.size() > pending; t.groups.pop_front()) {
     for (const auto& copy : t.groups.front()) copy();
   }
+}
+
+inline void emulate_load_matrices(const void* row, uint32_t (&d)[4]) {
+  if (uintptr_t(row) % 16) emulator::die("a row of a matrix is not aligned");
+  emulator::Warp& warp = emulator::warp();
+  const uint32_t lane = emulator::lane();
+  warp.row[lane] = row;
+  emulator::wait_at(emulator::Thread::kAtWarp);
+  for (int i = 0; i < 4; ++i) std::memcpy(&d[i], static_cast<const char*>(warp.row[8 * i + lane / 4]) + lane % 4 * 4, 4);
+  emulator::wait_at(emulator::Thread::kAtWarp);
 }
 
 // Products are exact in double; the sum of 16 rounds once. The device's sum differs in its last bits.

@@ -19,8 +19,12 @@ struct float2 {
 
 namespace emulator {
 
-constexpr int kSharedBytes = 232448;
-alignas(1024) inline char shared_memory[kSharedBytes];
+constexpr int kSharedBytes = 232448, kMostBlocks = 8;  // of a block; of a cluster
+alignas(1024) inline char shared_memory[kMostBlocks * kSharedBytes];
+
+// Of the block that runs, its place in its cluster; where its shared memory begins.
+inline int cluster_rank() { return int(block.running->index / block.size); }
+inline char* own_shared_memory() { return shared_memory + cluster_rank() * kSharedBytes; }
 inline bool lazy_copies = false, lazy_products = false;
 
 struct TensorMap {
@@ -204,18 +208,19 @@ inline void wait_products(size_t pending) {
 }
 
 // As launch(), each block with new barriers and with shared memory full of NaN.
-inline void launch_hopper(int64_t blocks, int threads, bool reversed, const std::function<void()>& body) {
+inline void launch_hopper(int64_t blocks, int threads, bool reversed, const std::function<void()>& body,
+                          int cluster = 1) {
   products.resize(threads);
   launch(blocks, threads, reversed, [&] {
     if (!block.started) {
       block.started = true;
       barriers.clear();
-      std::memset(shared_memory, 0xff, sizeof shared_memory);
+      std::memset(shared_memory, 0xff, size_t(cluster) * kSharedBytes);
       for (Products& p : products) p = {};
       for (Named& n : named) n = {};
     }
     body();
-  });
+  }, cluster);
 }
 
 }  // namespace emulator

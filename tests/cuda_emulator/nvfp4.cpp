@@ -1,11 +1,10 @@
-// The nvfp4 kernels under the emulator, with C entries for tests/nvfp4/test_cuda_kernels.py. The grids are those of the
-// plans; the pointers are the caller's, 16-byte aligned.
+// The nvfp4 kernels but for the quantisers under the emulator, with C entries for tests/nvfp4/test_cuda_kernels.py. The
+// grids are those of the plans; the pointers are the caller's, 16-byte aligned.
 #include "cuda_emulator.h"
 
 #include "nvfp4/dequantize_kernel.cuh"
 #include "nvfp4/embedding_kernel.cuh"
 #include "nvfp4/linear_kernel.cuh"
-#include "nvfp4/quantize_kernel.cuh"
 #include "nvfp4/swizzle_kernel.cuh"
 
 namespace {
@@ -15,7 +14,6 @@ using n3::device::F16;
 namespace dequantize = n3::nvfp4_dequantize;
 namespace embedding = n3::nvfp4_embedding;
 namespace linear = n3::nvfp4_linear;
-namespace quantize = n3::nvfp4_quantize;
 namespace swizzle = n3::nvfp4_swizzle;
 
 // Calls f with a null pointer of the element type: 0 float32, 1 float16, 2 bfloat16.
@@ -41,37 +39,14 @@ void emulate_swizzle(const uint8_t* in, uint8_t* out, int64_t batch, int64_t row
   });
 }
 
-void emulate_quantize(int dtype, const void* x, const float* given, uint8_t* q, uint8_t* scale, float* global_out,
-                      int64_t rows, int64_t k, bool four_over_six, bool swizzled, bool reversed) {
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const quantize::Plan plan = quantize::plan(rows, k, swizzled);
-    std::vector<uint32_t> partial(plan.partials);
-    const T* from = static_cast<const T*>(x);
-    int partials = 0;
-    if (!given && plan.partials) {
-      partials = int(plan.partials);
-      emulator::launch(partials, quantize::kThreads, reversed,
-                       [&] { quantize::amax_kernel<T>(from, partial.data(), rows * k / 16); });
-    }
-    const auto kernel = four_over_six ? (swizzled ? quantize::quantize_kernel<T, true, true>
-                                                  : quantize::quantize_kernel<T, true, false>)
-                                      : (swizzled ? quantize::quantize_kernel<T, false, true>
-                                                  : quantize::quantize_kernel<T, false, false>);
-    emulator::launch(std::max<int64_t>(plan.blocks, 1), quantize::kThreads, reversed, [&] {
-      kernel(from, given, partial.data(), partials, q, scale, global_out, rows, k / 16, plan.places);
-    });
-  });
-}
-
 void emulate_dequantize(int dtype, const uint8_t* q, const uint8_t* scale, const float* global, void* y, int64_t rows,
-                        int64_t k, bool swizzled) {
+                        int64_t k, int64_t global_rows, bool swizzled) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t groups = rows * k / 16;
     const auto kernel = swizzled ? dequantize::dequantize_kernel<T, true> : dequantize::dequantize_kernel<T, false>;
     emulator::launch(ceil_div(groups, dequantize::kThreads), dequantize::kThreads, false,
-                     [&] { kernel(q, scale, global, static_cast<T*>(y), groups, k / 16); });
+                     [&] { kernel(q, scale, global, static_cast<T*>(y), groups, k / 16, global_rows * k / 16); });
   });
 }
 

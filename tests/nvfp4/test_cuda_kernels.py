@@ -6,59 +6,22 @@ would otherwise be found on a GPU.
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import FENCE, assert_close_to, assert_same_bits, fenced
+from conftest import assert_close_to, assert_same_bits, fenced
 from hypothesis import given
 from hypothesis import strategies as st
+from nvfp4_emulator import DTYPES, e4m3, library, needs_emulator, pointer, room, size
 
 from n3kernels.nvfp4 import reference
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the emulator's codes
+pytestmark = needs_emulator
 ROWS, TENSOR16, TENSOR64, TENSOR128, FMA = range(5)  # linear::Kernel
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "nvfp4.so"
-    emulator = ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "nvfp4.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def pointer(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def size(v):
-    return ctypes.c_int64(v)
-
-
-def room(shape, dtype):
-    """Uninitialised memory between fences, as a GPU's allocator would hand it out: (tensor, check)."""
-    whole = torch.full((torch.Size(shape).numel() + 2 * FENCE,), 0x7F, dtype=torch.uint8)
-    whole = whole.repeat_interleave(dtype.itemsize).view(dtype)
-    inside = whole[FENCE : whole.numel() - FENCE].view(shape)
-
-    def untouched():
-        outside = torch.cat([whole[:FENCE], whole[whole.numel() - FENCE :]])
-        assert (outside.view(torch.uint8) == 0x7F).all(), "written out of range"
-
-    return inside, untouched
-
-
-def e4m3(t):
-    return t.to(torch.uint8).view(torch.float8_e4m3fn)
+@pytest.fixture(scope="module")
+def kernels():
+    return library("nvfp4.cpp")
 
 
 def weights(n, k):
@@ -88,17 +51,20 @@ def test_swizzle(kernels, batch, rows, cols, reverse):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("swizzled", [False, True])
-def test_dequantize(kernels, dtype, swizzled):
-    """All 256 bytes with all 256 scales, NaN included."""
+@pytest.mark.parametrize("lead", [(), (1,), (4,), (256,)])
+def test_dequantize(kernels, dtype, swizzled, lead):
+    """All 256 bytes with all 256 scales, NaN included; a global scale for all rows, for 64 or for one."""
     q = fenced(torch.arange(256, dtype=torch.uint8).view(1, 256).repeat(256, 1))
     scale = fenced(e4m3(torch.arange(256).view(256, 1).repeat(1, 32)))
     given_scale = reference.nvfp4_swizzle_scale(scale) if swizzled else scale
-    global_scale = torch.tensor(0.37)
+    global_scale = fenced(torch.rand(lead))
+    each = 256 // global_scale.numel()
     out, untouched = room((256, 512), dtype)
     kernels.emulate_dequantize(DTYPES.index(dtype), pointer(q), pointer(given_scale), pointer(global_scale),
-                               pointer(out), size(256), size(512), swizzled)  # fmt: skip
+                               pointer(out), size(256), size(512), size(each), swizzled)  # fmt: skip
     untouched()
-    want = reference.nvfp4_dequantize(q, scale, global_scale, dtype=dtype)
+    stack = (q.view(-1, each, 256), scale.view(-1, each, 32), global_scale.flatten())
+    want = reference.nvfp4_dequantize(*stack, dtype=dtype).view(256, 512)
     assert torch.equal(out.isnan(), want.isnan())
     assert_same_bits(out.nan_to_num(7.0), want.nan_to_num(7.0))
 
@@ -116,57 +82,6 @@ def test_embedding(kernels, dtype):
     good = (ids >= 0) & (ids < 11)
     assert out[~good].isnan().all()
     assert_same_bits(out[good], reference.nvfp4_embedding(ids[good], q, scale, global_scale, dtype=dtype))
-
-
-# ---- quantise: byte for byte
-
-
-def quantize_inputs(kind, rows, k, dtype):
-    x = torch.randn(rows, k)
-    if kind == "ties":
-        x = torch.randint(-24, 25, (rows, k)) * 0.25
-    elif kind == "bits":
-        x = torch.randint(-(2**31), 2**31 - 1, (rows, k), dtype=torch.int32).view(torch.float32)
-    x = x.to(dtype)
-    if kind == "holes":
-        x.view(-1)[3], x.view(-1)[-1], x.view(-1)[5] = float("nan"), float("-inf"), -0.0
-    return fenced(x)
-
-
-@given(
-    st.sampled_from(["normal", "ties", "bits", "holes"]), st.integers(1, 40), st.integers(1, 9),
-    st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.sampled_from([None, 0.0, 0.013, 1e-40, 3e38]),
-    st.booleans(),
-)  # fmt: skip
-def test_quantize(kernels, kind, rows, blocks, dtype, four_over_six, swizzled, given_scale, reverse):
-    x = quantize_inputs(kind, rows, 16 * blocks, dtype)
-    global_scale = None if given_scale is None else torch.tensor(given_scale)
-    layout = "128x4" if swizzled else "linear"
-    want = reference.nvfp4_quantize(x, global_scale, four_over_six=four_over_six, scale_layout=layout)
-    (q, q_ok), (scale, scale_ok), (out, out_ok) = (
-        room(t.shape, torch.uint8 if t.element_size() == 1 else t.dtype) for t in want
-    )
-    kernels.emulate_quantize(DTYPES.index(dtype), pointer(x), pointer(global_scale), pointer(q), pointer(scale),
-                             pointer(out), size(rows), size(16 * blocks), four_over_six, swizzled, reverse)  # fmt: skip
-    for untouched in (q_ok, scale_ok, out_ok):
-        untouched()
-    assert_same_bits(q, want[0])
-    assert_same_bits(scale, want[1].view(torch.uint8))
-    assert_same_bits(out.view(1), want[2].view(1))
-
-
-@pytest.mark.parametrize("four_over_six", [False, True])
-def test_the_order_of_the_divisions(kernels, four_over_six):
-    """amax / 6 * S_enc and amax * (S_enc / 6) give different scales for 12 of these 4096 maxima, S_enc being 0.3."""
-    x = torch.zeros(4096, 16)
-    x[:, 0] = torch.arange(4096) / 16
-    x, global_scale = fenced(x), 1 / torch.tensor(0.3)
-    want = reference.nvfp4_quantize(x, global_scale, four_over_six=four_over_six)
-    q, scale, out = (torch.empty(t.shape, dtype=t.dtype) for t in want)
-    kernels.emulate_quantize(0, pointer(x), pointer(global_scale), pointer(q), pointer(scale), pointer(out), size(4096),
-                             size(16), four_over_six, False, False)  # fmt: skip
-    assert_same_bits(scale, want[1])
-    assert_same_bits(q, want[0])
 
 
 # ---- linear

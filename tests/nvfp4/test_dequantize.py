@@ -50,6 +50,22 @@ def test_every_code_with_every_scale_is_exact(backend, dtype):
     assert_same_bits(out[~nan], want[~nan])
 
 
+@pytest.mark.parametrize("lead", [(3, 5), (3,), (), (1,)])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_global_scales_of_matrices_and_rows(backend, lead, tiles):
+    q, s, _ = weights(15, 48)
+    q, s = q.view(3, 5, 24), s.view(3, 5, 3)
+    g = torch.rand(*lead, 2, device=DEVICE)[..., 0]  # strided
+    stored = reference.nvfp4_swizzle_scale(s.view(15, 3)) if tiles else s
+    out = torch.ops.n3.nvfp4_dequantize.default(
+        q, stored, g, dtype=torch.float32, scale_layout="128x4" if tiles else "linear"
+    )
+    each = g.reshape(*g.shape, *[1] * (2 - g.dim())).expand(3, 5) if g.numel() > 1 else g.expand(3, 5)
+    for i in range(3):
+        for j in range(5):
+            assert_same_bits(out[i, j], reference.nvfp4_dequantize(q[i, j], s[i, j], each[i, j], dtype=torch.float32))
+
+
 def test_padding_is_not_read(backend):
     """Rows and scale columns that pad the 128x4 tiles may hold anything, NaN included."""
     q, s, g = weights(130, 80)
@@ -136,7 +152,8 @@ BAD = [
     ({"q": torch.zeros(1, 2, 16, dtype=torch.uint8)},
      "block_scale must have the shape of q with a last dimension of 2, got [2, 2]"),
     ({"scale_layout": "128x4"}, "block_scale must have shape [128, 4], got [2, 2]"),
-    ({"global_scale": torch.ones(2)}, "global_scale must have 1 element, got 2"),
+    ({"global_scale": torch.ones(3)}, "global_scale must have 1 element or the leading dimensions of q, got [3]"),
+    ({"global_scale": torch.ones(2, 2)}, "global_scale must have 1 element or the leading dimensions of q, got [2, 2]"),
 ]  # fmt: skip
 
 

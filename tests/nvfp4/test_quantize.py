@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nvfp4_oracle import e4m3, unpack
 
 import n3kernels
-from n3kernels.nvfp4 import NVFP4Tensor, quantize, reference
+from n3kernels.nvfp4 import NVFP4Tensor, quantize, reference, reference_quantize
 
 OPS = ("nvfp4_quantize",)
 # Triton's interpreter computes in NumPy, which warns of the overflows that the formula has by design.
@@ -109,17 +109,17 @@ def test_scale_of_every_bfloat16_amax(backend):
 
 
 def test_the_order_of_operations_shows(backend):
-    """Just below the midpoint of two scales, amax * (S_enc / 6) stays below it; amax / 6 * S_enc, amax * S_enc / 6 and
-    amax / (6 * global_scale) do not."""
-    amax = torch.tensor([0.1425, 0.1725, 0.285, 0.345, 0.57, 0.69, 1.14, 1.38])
-    x = torch.zeros(8, 16)
+    """Close to the midpoint of two scales amax * (S_enc * fl(1/6)) rounds to one, and amax * (S_enc / 6), amax / 6 *
+    S_enc, amax * S_enc / 6 and amax / (6 * global_scale) all round to the other."""
+    amax = torch.tensor([0.1171875, 0.234375, 0.46875, 0.9375, 1.875])
+    x = torch.zeros(5, 16)
     x[:, 5] = amax
     for four_over_six in (False, True):
-        t = quantize(x.to(DEVICE), as_tensor(0.01), four_over_six=four_over_six)
-        codes, scales, _ = oracle.quantize(x, 0.01, four_over_six)
+        t = quantize(x.to(DEVICE), as_tensor(0.05), four_over_six=four_over_six)
+        codes, scales, _ = oracle.quantize(x, 0.05, four_over_six)
         assert_bytes(t, codes, scales)
         if not four_over_six:
-            assert scales.flatten().tolist() == [65, 67, 73, 75, 81, 83, 89, 91]
+            assert scales.flatten().tolist() == [45, 53, 61, 69, 77]
 
 
 @pytest.mark.parametrize("rows, blocks", [(0, 3), (1, 1), (31, 4), (129, 6)])
@@ -299,11 +299,95 @@ def test_published_shapes(backend, rows, k, four_over_six):
     assert error < 0.1
 
 
-# ---- the options of training, which the reference serves
+# ---- the options: metric, rows, squares, stochastic rounding, rotation, strides
+
+options = st.fixed_dictionaries(
+    {
+        "four_over_six": st.booleans(),
+        "metric": st.sampled_from(["mae", "mse"]),
+        "per_row": st.booleans(),
+        "square": st.booleans(),
+        "seed": st.sampled_from([None, None, (7, 0), (-3, 2**40)]),
+    }
+).filter(lambda o: not (o["per_row"] and o["square"]))
 
 
-def test_stochastic_codes_are_neighbours_and_unbiased():
-    x, draws = values(16, 4, torch.float32, 1.0, 0.0), 256
+def run(x, global_scale, o, hadamard=None, scale_layout="linear"):
+    """The operator under the oracle's names of the options."""
+    seed = None if o["seed"] is None else torch.tensor(o["seed"], device=DEVICE)
+    return torch.ops.n3.nvfp4_quantize.default(
+        x, global_scale, hadamard, seed, rounding="nearest" if seed is None else "stochastic",
+        four_over_six=o["four_over_six"], metric=o["metric"], block="16x16" if o["square"] else "1x16",
+        per_row=o["per_row"], scale_layout=scale_layout,
+    )  # fmt: skip
+
+
+@given(shapes, magnitudes, globals_, options, specials)
+def test_options_agree_with_brute_force(backend, shape, magnitude, global_scale, o, special):
+    rows, blocks, dtype = shape
+    x = values(16 * min(rows, 2) if o["square"] else rows, blocks, dtype, *magnitude)
+    for place, value in special:
+        if x.numel():
+            x.view(-1)[place * 7 % x.numel()] = value
+    if o["per_row"] and global_scale is not None:
+        global_scale = [global_scale * 2.0**i for i in range(len(x))]
+    q, scale, g = run(x, as_tensor(global_scale), o)
+    codes, scales, decode = oracle.quantize(x, global_scale, **o)
+    assert_bytes(NVFP4Tensor(q, scale, g, "linear", x.shape), codes, scales)
+    np.testing.assert_array_equal(g.cpu().numpy(), decode)
+
+
+@given(shapes, st.sampled_from([1.0, 1e-3, 1e4]), options, st.sampled_from(["linear", "128x4"]))
+def test_rotated_rows_agree_with_the_definition(backend, shape, magnitude, o, layout):
+    rows, blocks, dtype = shape
+    x = values(16 * min(rows, 2) if o["square"] else rows, blocks, dtype, magnitude, 2.0)
+    signs = torch.tensor(SIGNS, dtype=torch.float32, device=DEVICE)
+    got = run(x, None, o, signs, layout)
+    with n3kernels.use_backend("reference"):
+        want = run(x, None, o, signs, layout)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(DTYPES), options, st.booleans())
+def test_strides_do_not_show(backend, high, wide, dtype, o, rotate):
+    """Rows of a larger matrix, a transposed matrix, every second element, a batch of transposed matrices."""
+    torch.manual_seed(high + 5 * wide)
+    room = fenced(torch.randn(2, 16 * high, 16 * wide + 8).to(dtype).to(DEVICE))
+    signs = torch.tensor(SIGNS, dtype=torch.float32, device=DEVICE) if rotate else None
+    views = [room[0, :, 8:], room[0, :, :-8].t(), room[..., : 16 * wide].mT, room[:, :, : 16 * wide]]
+    if wide > 1 or not o["square"]:
+        views.append(room[0, :, ::2][:, : 16 * (wide // 2)])
+    for x in views:
+        for a, b in zip(run(x, None, o, signs), run(x.contiguous(), None, o, signs), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("rows, blocks", [(0, 3), (16, 1), (48, 5), (144, 2)])
+def test_tiles_of_the_options(backend, rows, blocks):
+    x = values(rows, blocks, torch.bfloat16, 1.0, 2.0)
+    for more in ({"per_row": True}, {"block": "16x16"}, {"block": "16x16", "four_over_six": True, "metric": "mse"}):
+        linear, tiles = quantize(x, **more), quantize(x, scale_layout="128x4", **more)
+        assert_same_bits(tiles.q, linear.q)
+        assert_same_bits(tiles.block_scale, reference.nvfp4_swizzle_scale(linear.block_scale))
+        assert_same_bits(tiles.global_scale, linear.global_scale)
+
+
+def test_a_scale_per_row_is_each_row_alone(backend):
+    x = values(7, 3, torch.bfloat16, 1.0, 2.0)
+    x[2], x[3, 5] = 0.0, float("inf")
+    t = quantize(x, per_row=True)
+    assert t.global_scale.shape == (7,)
+    for i in range(7):
+        assert_same(t._replace(q=t.q[i], block_scale=t.block_scale[i], global_scale=t.global_scale[i]), quantize(x[i]))
+    deep = quantize(x.view(7, 1, 48), per_row=True)
+    assert deep.global_scale.shape == (7, 1)
+    assert_same_bits(deep.dequantize(torch.float32).view(7, 48), t.dequantize(torch.float32))
+
+
+def test_stochastic_codes_are_neighbours_and_unbiased(backend):
+    draws = 8 if backend == "triton" and DEVICE == "cpu" else 256  # the interpreter is slow
+    x = values(16, 4, torch.float32, 1.0, 0.0)
     nearest = quantize(x)
     t = quantize(x.expand(draws, 16, 64), rounding="stochastic")
     assert_same_bits(t.block_scale[7], nearest.block_scale)
@@ -314,11 +398,12 @@ def test_stochastic_codes_are_neighbours_and_unbiased():
     room = 6 * (nearest.block_scale.double() * nearest.global_scale.double()).repeat_interleave(16, -1)
     free = x.abs() <= room  # elsewhere the rounded block scale makes x saturate
     bias = (oracle.decode(*parts(t)).mean(0) - x.double())[free]
-    assert bias.norm() < 0.15 * (oracle.decode(*parts(nearest)) - x.double())[free].norm()
-    assert bias.mean().abs() < 2e-3 * x.abs().mean()
+    noise = (oracle.decode(*parts(nearest)) - x.double())[free].norm() * (256 / draws) ** 0.5
+    assert bias.norm() < 0.15 * noise
+    assert bias.mean().abs() < 2e-3 * x.abs().mean() * (256 / draws) ** 0.5
 
 
-def test_stochastic_rounding_repeats_with_its_seed():
+def test_stochastic_rounding_repeats_with_its_seed(backend):
     x = values(4, 4, torch.bfloat16, 1.0, 0.0)
 
     def codes(*seed):
@@ -336,46 +421,34 @@ def test_stochastic_rounding_repeats_with_its_seed():
 
 def test_stochastic_words_are_philox():
     """Element e takes word e & 3 of Philox4x32-10 with key = seed and counter = (e >> 2, offset); known answers."""
-    words = reference._random_words(torch.Size([2, 16]), torch.tensor([0, 0]))
+    words = reference_quantize._random_words(torch.Size([2, 16]), torch.tensor([0, 0]))
     assert [f"{w:08x}" for w in words[0, :4].tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
-    shifted = reference._random_words(torch.Size([16]), torch.tensor([-1, -1]))
+    shifted = reference_quantize._random_words(torch.Size([16]), torch.tensor([-1, -1]))
     assert shifted.min() >= 0 and shifted.max() < 2**32 and not torch.equal(shifted, words[0])
+    assert shifted.tolist() == oracle.philox_words(16, -1, -1).tolist()
 
 
-@given(st.integers(1, 3), st.integers(1, 4), st.booleans())
-def test_square_blocks(rows, blocks, four_over_six):
-    """One scale per 16x16 tile, so that the transposed tensor has the transposed codes."""
-    x = values(rows * 16, blocks, torch.float32, 1.0, 2.0)
-    t = quantize(x, block="16x16", four_over_six=four_over_six)
-    scale = t.block_scale.view(torch.uint8).view(rows, 16, blocks)
-    assert (scale == scale[:, :1]).all()
-    amax = x.view(rows, 16, blocks, 16).abs().amax((1, 3))
-    s_enc, _ = oracle.encode_scale(x.cpu().numpy(), None, 2688)
-    if not four_over_six:
-        want = oracle.nearest(oracle.E4M3[:127], amax.cpu().numpy() * (s_enc / np.float32(6)))
-        np.testing.assert_array_equal(scale[:, 0].cpu().numpy(), want)
-        turned = quantize(x.t(), block="16x16")
-        np.testing.assert_array_equal(unpack(turned.q).T, unpack(t.q))
-    tiles = quantize(x, block="16x16", four_over_six=four_over_six, scale_layout="128x4")
-    assert_same_bits(tiles.block_scale, reference.nvfp4_swizzle_scale(t.block_scale))
+@given(st.integers(1, 2), st.integers(1, 3), st.booleans())
+def test_the_transpose_of_square_blocks_has_the_transposed_codes(backend, rows, columns, four_over_six):
+    x = values(rows * 16, columns, torch.float32, 1.0, 2.0)
+    t, turned = (quantize(v, block="16x16", four_over_six=four_over_six) for v in (x, x.t()))
+    np.testing.assert_array_equal(unpack(t.q), unpack(turned.q).T)
 
 
-def test_square_blocks_keep_nan_to_their_tile():
+def test_square_blocks_keep_nan_to_their_tile(backend):
     x = values(32, 2, torch.float32, 1.0, 0.0)
     x[3, 20] = float("nan")
     nan = quantize(x, block="16x16").block_scale.view(torch.uint8) == 0x7F
     assert nan[:16, 1].all() and nan.sum() == 16
 
 
-def test_square_blocks_of_equal_rows_are_plain_blocks():
+def test_square_blocks_of_equal_rows_are_plain_blocks(backend):
     x = values(1, 4, torch.float32, 1.0, 2.0).expand(16, 64)
-    for four_over_six in (False, True):
-        square = quantize(x, block="16x16", four_over_six=four_over_six)
-        assert_same_bits(square.q, quantize(x, four_over_six=four_over_six).q)
+    assert_same_bits(quantize(x, block="16x16").q, quantize(x).q)
 
 
 @given(st.integers(1, 4), st.integers(1, 4))
-def test_hadamard(rows, blocks):
+def test_hadamard(backend, rows, blocks):
     """Rotates first: what is quantised is (x * signs) @ H16 / 4, an orthogonal transform."""
     signs = torch.tensor(SIGNS, dtype=torch.float32, device=DEVICE)
     h = torch.ones(1, 1, dtype=torch.float64)
@@ -384,32 +457,22 @@ def test_hadamard(rows, blocks):
     x = torch.randint(-8, 9, (rows, blocks * 16), device=DEVICE).float()  # exact in every order of addition
     rotated = (x.double().view(-1, 16) * signs.double() @ h.to(DEVICE) / 4).view_as(x).float()
     assert_same(quantize(x, hadamard=signs), quantize(rotated))
-    assert_same_bits(reference.hadamard16(reference.hadamard16(x, signs / signs), signs / signs), x)
+    plain = torch.ones_like(signs)
+    assert_same_bits(reference_quantize.hadamard16(reference_quantize.hadamard16(x, plain), plain), x)
 
 
-def test_options_are_served_by_the_reference():
-    x = values(16, 1, torch.float32, 1.0, 0.0)
-    where = {"device": DEVICE}
-    for option, reason in [
-        ({"rounding": "stochastic", "seed": torch.zeros(2, dtype=torch.int64, **where)}, "rounding='stochastic'"),
-        ({"block": "16x16"}, "block='16x16'"),
-        ({"hadamard": torch.ones(16, **where)}, "hadamard"),
-    ]:
-        told = n3kernels.explain("nvfp4_quantize", x, **option)
-        assert told.backend == "reference"
-        if "nvfp4_quantize" in _built_for_cpu():
-            assert told.reasons["cpu"] == f"{reason} is served by the reference alone"
-
-
-def _built_for_cpu():
-    return [name for name, op in n3kernels._dispatch.OPS.items() if DEVICE == "cpu" and "cpu" in op.kernels]
+def test_hadamard_is_rounded_to_the_dtype(backend):
+    signs = torch.tensor(SIGNS, dtype=torch.float32, device=DEVICE)
+    x = values(3, 4, torch.bfloat16, 1.0, 2.0)
+    rotated = reference_quantize.hadamard16(x.float(), signs)
+    assert_same(quantize(x, hadamard=signs), quantize(rotated.bfloat16()))
 
 
 # ---- framework
 
 
 OPTIONS = [
-    {}, {"four_over_six": True, "scale_layout": "128x4"}, {"block": "16x16"},
+    {}, {"four_over_six": True, "scale_layout": "128x4"}, {"block": "16x16"}, {"per_row": True, "metric": "mse"},
     {"hadamard": torch.ones(16), "rounding": "stochastic", "seed": torch.zeros(2, dtype=torch.int64)},
 ]  # fmt: skip
 
@@ -420,7 +483,8 @@ def test_opcheck(options, rows):
     options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     x = torch.randn(rows, 48, device=DEVICE)
     oracle.opcheck(torch.ops.n3.nvfp4_quantize.default, (x, None), options)
-    oracle.opcheck(torch.ops.n3.nvfp4_quantize.default, (x, torch.ones((), device=DEVICE)), options)
+    given_scale = torch.ones((rows,) if options.get("per_row") else (), device=DEVICE)
+    oracle.opcheck(torch.ops.n3.nvfp4_quantize.default, (x, given_scale), options)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -452,9 +516,10 @@ BAD = [
     ({"rounding": "up"}, "rounding must be one of nearest, stochastic, got up"),
     ({"block": "1x32"}, "block must be one of 1x16, 16x16, got 1x32"),
     ({"scale_layout": "8x4"}, "scale_layout must be one of linear, 128x4, got 8x4"),
-]
-# of options that the reference alone serves
-BAD_OPTIONS = [
+    ({"metric": "max"}, "metric must be one of mae, mse, got max"),
+    ({"global_scale": torch.ones(3), "per_row": True}, "global_scale must have shape [2], got [3]"),
+    ({"global_scale": torch.ones(1), "per_row": True}, "global_scale must have shape [2], got [1]"),
+    ({"x": torch.zeros(16, 16), "block": "16x16", "per_row": True}, "per_row must be False for block=16x16, got True"),
     ({"block": "16x16"}, "x must have rows in multiples of 16 for block=16x16, got 2"),
     ({"hadamard": torch.ones(16, dtype=torch.float64)}, "hadamard must be float32, got float64"),
     ({"hadamard": torch.ones(8)}, "hadamard must have shape [16], got [8]"),
@@ -474,9 +539,4 @@ def call_and_compare(change, message):
 
 @pytest.mark.parametrize("change, message", BAD)
 def test_bad_calls(backend, change, message):
-    call_and_compare(change, message)
-
-
-@pytest.mark.parametrize("change, message", BAD_OPTIONS)
-def test_bad_options(change, message):
     call_and_compare(change, message)

@@ -1,4 +1,4 @@
-"""What the mamba kernels compute alike: gates, time steps, random words and the rounding of states.
+"""What the mamba kernels compute alike: gates, time steps and the rounding of states.
 
 Bit for bit the contract of n3kernels/mamba/rounding.py, by integers and exact float32 operations.
 """
@@ -9,8 +9,9 @@ import triton.language as tl
 
 from ..common import device_function, narrow, widen
 from ..nvfp4.numerics import e4m3_code, e4m3_value
+from ..philox import element_words
 
-__all__ = ["load_state", "philox4x32", "sigmoid", "silu", "store_state", "time_step"]
+__all__ = ["load_state", "sigmoid", "silu", "store_state", "time_step"]
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 
@@ -52,52 +53,6 @@ def time_step(dt, bias, SOFTPLUS: tl.constexpr, dt_min, dt_max):
         v = tl.where(v > 20.0, v, tl.where(v > 0.0, v, 0.0) + _log1p(tl.exp(-tl.abs(v))))
     v = tl.where(v < dt_min, dt_min, v)
     return tl.where(v > dt_max, dt_max, v)
-
-
-# ---------------------------------------------------------------- random words
-
-
-@device_function
-def philox4x32(k0, k1, c0, c1, c2, c3):
-    """Ten rounds of Philox4x32 on uint32 values, broadcast together; Salmon et al. (SC 2011), as n3kernels/_philox.py.
-
-    Keys are int64 with 32 bits, so that the interpreter's scalars do not overflow.
-    """
-    for i in tl.static_range(10):
-        a = (k0 + i * 0x9E3779B9) & 0xFFFFFFFF  # the key schedule: golden ratio and sqrt(3) - 1
-        b = (k1 + i * 0xBB67AE85) & 0xFFFFFFFF
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            (p1 >> 32).to(tl.uint32) ^ c1 ^ a.to(tl.uint32), p1.to(tl.uint32),
-            (p0 >> 32).to(tl.uint32) ^ c3 ^ b.to(tl.uint32), p0.to(tl.uint32),
-        )  # fmt: skip
-    return c0, c1, c2, c3
-
-
-@device_function
-def _words(seed_ptr, step, row_element, QUADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The random word of every element of rows ``[P, N]`` of the state after token ``step``; row_element int64 ``[P]``.
-
-    QUADS: rows are whole quadruples of elements, of which one evaluation serves all four.
-    """
-    key = tl.load(seed_ptr)
-    offset = tl.load(seed_ptr + 1) + step
-    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
-    if QUADS:
-        quad = (row_element >> 2)[:, None] + tl.arange(0, BLOCK_N // 4)[None, :]
-    else:
-        element = row_element[:, None] + tl.arange(0, BLOCK_N)[None, :]
-        quad = element >> 2
-    c0, c1 = (quad & 0xFFFFFFFF).to(tl.uint32), ((quad >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c2 = (tl.zeros_like(quad) + (offset & 0xFFFFFFFF)).to(tl.uint32)
-    c3 = (tl.zeros_like(quad) + ((offset >> 32) & 0xFFFFFFFF)).to(tl.uint32)
-    w0, w1, w2, w3 = philox4x32(k0, k1, c0, c1, c2, c3)
-    if QUADS:
-        return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (row_element.shape[0], BLOCK_N))
-    else:
-        which = element & 3
-        return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
 
 
 # ---------------------------------------------------------------- states
@@ -197,7 +152,7 @@ def store_state(
     """Rounds a tile ``h [P, N]`` of the state after token ``step`` and stores it."""
     words = 0
     if SR:
-        words = _words(seed_ptr, step, row_element, QUADS, h.shape[1])
+        words = element_words(seed_ptr, step, row_element, QUADS, h.shape[1])
     if FORMAT == "float":
         dtype: tl.constexpr = state_ptr.dtype.element_ty
         if SR:

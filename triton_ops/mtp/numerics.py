@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from ..common import INTERPRET, device_function
-from ..mamba.numerics import philox4x32
+from ..philox import philox4x32
 
 __all__ = [
     "ACCEPT", "DRAFT", "EPSILON", "FLT_MAX", "INF", "NOWHERE", "RESIDUAL", "TARGET", "TILE", "TILE_STREAM",

@@ -1,0 +1,137 @@
+#include "gemm_engine.h"
+
+#include <algorithm>
+
+#include "../common/buffer.h"
+#include "../common/cpu.h"
+#include "../common/threads.h"
+#include "gemm_generic.h"
+#include "gemm_kernels.h"
+
+namespace n3::nvfp4_gemm {
+
+const Kernels kGenericKernels = kernels_of<Generic>();
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  // VNNI came after AVX-512; without it the byte products of AVX2 serve.
+  static const bool vnni = __builtin_cpu_supports("avx512vnni");
+  switch (cpu_isa()) {
+    case Isa::kAmx:
+    case Isa::kAvx512: return vnni ? kVnniKernels : kAvx2Kernels;
+    case Isa::kAvx2: return kAvx2Kernels;
+    case Isa::kGeneric: break;
+  }
+#endif
+  return kGenericKernels;
+}
+
+namespace {
+
+// Segments, or parts of them, of at most kTokens rows in all: what is packed at a time.
+struct Batch {
+  struct Piece {
+    Segment rows;
+    int64_t packed;  // rows before it
+  };
+  std::vector<Piece> pieces;
+  int64_t tokens = 0;
+};
+
+std::vector<Batch> batches(const std::vector<Segment>& segments) {
+  std::vector<Batch> all(1);
+  for (const Segment& s : segments) {
+    for (int64_t done = 0; done < s.tokens;) {
+      if (all.back().tokens == kTokens) all.emplace_back();
+      Batch& batch = all.back();
+      const int64_t tokens = std::min(s.tokens - done, kTokens - batch.tokens);
+      batch.pieces.push_back({{s.first + done, tokens, s.expert}, batch.tokens});
+      batch.tokens += tokens;
+      done += tokens;
+    }
+  }
+  return all;
+}
+
+Tokens at(const Tokens& packed, int64_t token, int64_t blocks) {
+  return {packed.codes + token * blocks, packed.init + token * blocks, packed.scale + token * blocks};
+}
+
+void pack(const Params& p, const Kernels& kernel, const Batch& batch, const Tokens& packed) {
+  const int64_t blocks = p.k / 16;
+  struct Tile {
+    int64_t first, rows, packed;
+  };
+  std::vector<Tile> all;
+  for (const Batch::Piece& piece : batch.pieces) {
+    const Tiles tiles{piece.rows.tokens};
+    for (int64_t i = 0; i < tiles.count(); ++i) {
+      const int64_t t0 = tiles.begin(i);
+      all.push_back({piece.rows.first + t0, tiles.begin(i + 1) - t0, piece.packed + t0});
+    }
+  }
+  torch::stable::parallel_for(0, int64_t(all.size()), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile& t = all[i];
+      kernel.pack({p.a.q, p.a.scale, p.a.swizzled, t.first, t.rows, blocks}, at(packed, t.packed, blocks));
+    }
+  });
+}
+
+// y of the rows n0 ... n0 + rows of one matrix of b, from their sums.
+template <typename T>
+void finish(const Params& p, const Segment& s, int64_t n0, int64_t rows, int64_t stride, const float* sums) {
+  const T* bias = static_cast<const T*>(p.bias);
+  const float* b_global = p.b.global + (p.b.global_per_row ? n0 : s.expert);
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    const int64_t row = s.first + t;
+    const float a_global = p.a.global[p.a.global_per_row ? row : 0];
+    T* y = static_cast<T*>(p.y) + row * p.n + n0;
+    for (int64_t r = 0; r < rows; ++r) {
+      float v = sums[t * stride + r] * a_global * b_global[p.b.global_per_row ? r : 0];
+      if (bias) v += to_float(bias[n0 + r]);
+      y[r] = from_float<T>(v);
+    }
+  }
+}
+
+// One item is a panel of rows of b with the tokens of one piece, so an output has one owner.
+template <typename T>
+void run(const Params& p, const Kernels& kernel, const Batch& batch, const Tokens& packed) {
+  const int64_t blocks = p.k / 16, panel = kernel.panel_rows, panels = (p.n + panel - 1) / panel;
+  const int64_t b_bytes = p.n * p.k / 2, b_scales = scale_bytes(p.b.swizzled, p.n, p.k);
+  const int64_t items = int64_t(batch.pieces.size()) * panels;
+  for_items(items, batch.tokens * p.n * p.k / 4, [&](const auto& take) {  // a product here costs a quarter
+    const auto scratch = buffer<char>(kernel.scratch_bytes());
+    const auto sums = buffer<float>(panel * batch.tokens * 4);
+    for (int64_t i = take(); i < items; i = take()) {
+      const Batch::Piece& piece = batch.pieces[i / panels];
+      const Segment& s = piece.rows;
+      const int64_t n0 = i % panels * panel, rows = std::min(panel, p.n - n0);
+      const Rows b{p.b.q + s.expert * b_bytes, p.b.scale + s.expert * b_scales, p.b.swizzled, n0, rows, blocks};
+      kernel.sums(b, at(packed, piece.packed, blocks), s.tokens, scratch.get(), sums.get());
+      finish<T>(p, s, n0, rows, panel, sums.get());
+    }
+  });
+}
+
+}  // namespace
+
+void multiply(const Params& p, const std::vector<Segment>& segments) {
+  const Kernels& kernel = kernels();
+  const int64_t blocks = p.k / 16, most = std::min(p.m, kTokens) * blocks;
+  const auto codes = buffer<int8_t[16]>(most * 16);
+  const auto init = buffer<int32_t>(most * 4);
+  const auto scale = buffer<float>(most * 4);
+  const Tokens packed{codes.get(), init.get(), scale.get()};
+  for (const Batch& batch : batches(segments)) {
+    pack(p, kernel, batch, packed);
+    switch (p.out_dtype) {  // check() let nothing else through
+      case ScalarType::Float: run<float>(p, kernel, batch, packed); break;
+      case ScalarType::Half: run<Half>(p, kernel, batch, packed); break;
+      default: run<BFloat16>(p, kernel, batch, packed);
+    }
+  }
+}
+
+}  // namespace n3::nvfp4_gemm

@@ -1,0 +1,55 @@
+#include "quantize_encoder.h"
+
+#include <cfloat>
+#include <cmath>
+
+#include "swizzle.h"
+
+namespace n3::nvfp4_quantize {
+namespace {
+
+Global global_of(float s_enc, float amax) {
+  s_enc = s_enc == 0.f ? 1.f : s_enc;
+  return {s_enc, 1.f / s_enc, amax};
+}
+
+}  // namespace
+
+Encoder::Encoder(const Params& p) : p_(p), globals_(p.globals) {
+  if (p.form.swizzled) linear_ = buffer<uint8_t>(p.rows * p.k / 16);
+  encoding_ = {p.form, globals_.data(), p.signs, p.seed, p.q, p.form.swizzled ? linear_.get() : p.block_scale};
+  const float normal = p.form.four_over_six ? 1536.f : 2688.f;
+  for (int64_t i = 0; i < p.globals; ++i) {
+    if (!p.global_scale) {
+      set_amax(i, 0.f);
+      continue;
+    }
+    const float given = p.global_scale[i];
+    globals_[i] = global_of(given == 0.f ? 1.f : std::fmin(1.f / given, FLT_MAX), given * normal);
+    p.global_out[i] = given;
+  }
+}
+
+void Encoder::set_amax(int64_t row, float amax) {
+  const float normal = p_.form.four_over_six ? 1536.f : 2688.f;
+  globals_[row] = global_of(amax == 0.f ? 1.f : std::fmin(normal / amax, FLT_MAX), amax);
+  p_.global_out[row] = globals_[row].inv;
+}
+
+void Encoder::encode_rows(const void* x, Element element, int64_t row, int64_t rows) {
+  const int64_t ks = p_.k / 16, row_bytes = p_.k * element_size(element);
+  for (int64_t r = 0; p_.form.per_row && !given() && r < rows; ++r) {
+    const void* at = static_cast<const char*>(x) + r * row_bytes;
+    set_amax(row + r, bits_float(kernels().amax[element](at, p_.k)));
+  }
+  Encoding e = encoding_;
+  if (p_.form.per_row) e.globals += row;
+  e.q += row * ks * 8, e.scale += row * ks;
+  kernels().encode[element]({x, 1, rows, p_.k, 0, p_.k, 1}, e, 0, rows * ks);
+}
+
+void Encoder::finish() const {
+  if (p_.form.swizzled) nvfp4_swizzle::swizzle_on_cpu({linear_.get(), p_.block_scale, 1, p_.rows, p_.k / 16});
+}
+
+}  // namespace n3::nvfp4_quantize
