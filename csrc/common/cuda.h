@@ -30,7 +30,10 @@ inline cudaStream_t current_stream(const char* op, const Tensor& t) {
 #define N3_CUDA_CHECK(op, call)                                                                              \
   do {                                                                                                       \
     const cudaError_t error_ = (call);                                                                       \
-    if (error_ != cudaSuccess) ::n3::fail(op, cudaGetErrorName(error_), ": ", cudaGetErrorString(error_));   \
+    if (error_ != cudaSuccess) {                                                                             \
+      (void)cudaGetLastError(); /* what only returns its error leaves it behind too */                       \
+      ::n3::fail(op, cudaGetErrorName(error_), ": ", cudaGetErrorString(error_));                            \
+    }                                                                                                        \
   } while (0)
 
 // Contiguous and 16-byte aligned, for vector loads: a view into a larger tensor may start anywhere.

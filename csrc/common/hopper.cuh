@@ -129,6 +129,7 @@ N3_DEVICE void take_registers() {
 // For all threads of the cluster; also orders what they wrote to shared memory.
 N3_DEVICE void sync_cluster() {
 #if defined(__CUDACC__)
+  __syncwarp();  // aligned: a warp that comes out of a divergent loop must be whole again
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 #else
   ::emulator::wait_at(::emulator::Thread::kAtCluster);
@@ -245,6 +246,15 @@ N3_DEVICE void pin(float (&d)[kCount]) {
 #if defined(__CUDACC__)
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
+// The same for an operand in registers: what is written to it must come before fence_products().
+template <int kCount>
+N3_DEVICE void pin(uint32_t (&a)[kCount]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 #endif
 }
 

@@ -43,6 +43,7 @@ N3_DEVICE void multiply_stage(float (&d)[Shape::kProducts][Shape::kWidth / 2], u
     constexpr int kStep = decltype(constant)::value;
     uint32_t(&operand)[4] = a[kStep % 2];
     decode<T, kStep>(w.codes, w.scales, global, operand);
+    hopper::pin(operand);
     hopper::fence_products();
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {

@@ -33,6 +33,8 @@ def _fake_packed(x, blob, global_scale, n, bias=None, activation=None):
 
 
 def _supports_cuda(x, *args, **kwargs):
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+        return "takes GPUs of compute capability 9.0"
     if x.dtype in (torch.float32, torch.float64):
         return f"takes float16 and bfloat16 x, got {dtype_name(x.dtype)}: tensor cores would round it"
     return None

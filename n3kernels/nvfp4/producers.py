@@ -45,8 +45,9 @@ def relu2_quantize(
         RuntimeError: a shape, dtype or option outside the above; the message names argument and values.
     Source: relu2 as in Nemotron's MLPs and experts (arXiv:2109.08668).
 
-    >>> relu2_quantize(torch.tensor([[-2.0, 1.0, 2.0, 0.0] * 4]), torch.tensor(1.0)).dequantize(torch.float32)[0, :4]
-    tensor([0., 1., 4., 0.])
+    >>> t = relu2_quantize(torch.tensor([[-2.0, 1.5, 0.75, 0.0] * 4]), torch.tensor(1.0))
+    >>> t.dequantize(torch.float32)[0, :4].tolist()
+    [0.0, 2.25, 0.5625, 0.0]
     """
     parts = torch.ops.n3.relu2_nvfp4_quantize.default(
         x.detach(), global_scale, four_over_six=four_over_six, metric=metric, per_row=per_row,
