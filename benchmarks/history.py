@@ -62,10 +62,12 @@ def add(run: dict, results: Path = RESULTS) -> Path:
 
 
 def newest(run: dict, results: Path = RESULTS) -> dict:
-    """The newest lines of the kind of machine that ``run`` is of, as a run that `report.compare` takes."""
+    """The newest lines of what ``run`` measured on its kind of machine, as a run that `report.compare` takes."""
     kind = report.machine_kind(run)
     found = read(results / report.slug(str(report.machine(run).get("device"))))
+    asked = {row.key for row in report.rows(run)}
     last = {(line["group"], line["provider"]): line for line in found if line["machine"] == kind}
+    last = {key: line for key, line in last.items() if key in asked}
     benchmarks = [
         {
             "group": line["group"], "name": line["group"],
