@@ -123,8 +123,10 @@ Parts silu_mul_nvfp4_quantize(const Tensor& x, const OptionalTensor& global_scal
 
 std::vector<float> as_floats(const Tensor& t) {
   const Tensor dense = torch::stable::contiguous(t);
+  const void* data = dense.const_data_ptr();
+  const ScalarType type = t.scalar_type();  // once: asking costs more than a conversion
   std::vector<float> floats(t.numel());
-  for (size_t i = 0; i < floats.size(); ++i) floats[i] = float_at(dense.const_data_ptr(), t.scalar_type(), i);
+  for (size_t i = 0; i < floats.size(); ++i) floats[i] = float_at(data, type, i);
   return floats;
 }
 
