@@ -14,7 +14,7 @@
 #include "mamba/ssm_update_plan.h"
 #include "moe/experts_plan.h"
 #include "nvfp4/linear_plan.h"
-#include "nvfp4/linear_sm90_plan.h"
+#include "nvfp4/linear_packed_plan.h"
 #include "nvfp4/quantize_plan.h"
 
 #ifndef N3_ARCHS
@@ -61,17 +61,18 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("m"), py::arg("n"), py::arg("float32"), py::arg("invariant"));
   m.def("nvfp4_linear_slot_k", &n3::nvfp4_linear::slot_k, py::arg("t"), py::arg("step"), py::arg("i"));
-  // nvfp4_linear.packed on sm_90a: (kernel, splits of k, blocks along rows and tokens, blocks, threads, shared memory);
-  // a warp's tiles along k. And the bit maths of nvfp4_repack: a word of eight codes, its registers, scales.
+  // nvfp4_linear.packed: (kernel, splits of k, blocks along rows and tokens, blocks, threads, shared memory) on a GPU of
+  // that compute capability (times ten); a warp's tiles along k. And the bit maths of nvfp4_repack: a word of eight codes, its registers, scales.
   m.def(
-      "nvfp4_linear_sm90_plan",
-      [](int64_t rows, int64_t n, int64_t k, bool invariant) {
-        const auto p = n3::nvfp4_linear::sm90::plan(rows, n, k, invariant);
+      "nvfp4_linear_packed_plan",
+      [](int64_t rows, int64_t n, int64_t k, bool invariant, int capability) {
+        namespace packed = n3::nvfp4_linear_packed;
+        const auto p = packed::plan(rows, n, k, invariant, packed::cores_of(capability));
         return py::make_tuple(int(p.kernel), p.splits, p.row_groups, p.token_groups, p.blocks, p.threads, p.shared);
       },
-      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("invariant"));
-  m.def("nvfp4_linear_sm90_tiles", [](int32_t tiles, int32_t splits, int32_t rank, int32_t warp) {
-    const auto range = n3::nvfp4_linear::sm90::warp_tiles(tiles, splits, rank, warp);
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("invariant"), py::arg("capability") = 90);
+  m.def("nvfp4_linear_packed_tiles", [](int32_t tiles, int32_t splits, int32_t rank, int32_t warp) {
+    const auto range = n3::nvfp4_linear_packed::warp_tiles(tiles, splits, rank, warp);
     return py::make_tuple(range.begin, range.end);
   });
   m.def("nvfp4_pack_codes", [](const std::vector<int>& codes) {

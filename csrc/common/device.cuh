@@ -76,19 +76,24 @@ template <typename T, int kHalf>
 N3_DEVICE uint32_t scale_pair(uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)  // a pair moved so becomes an operand's selector .H0_H0 or .H1_H1
   uint32_t d;
-#define N3_SCALE_PAIR(type, half)                                                                             \
-  asm("{\n.reg .b16 l, h;\n.reg .b32 s;\nmov.b32 {l, h}, %2;\nmov.b32 s, {" half ", " half                    \
-      "};\nmul.rn." type " %0, %1, s;\n}"                                                                     \
+#define N3_SCALE_PAIR(product, half)                                                                          \
+  asm("{\n.reg .b16 l, h;\n.reg .b32 s;\nmov.b32 {l, h}, %2;\nmov.b32 s, {" half ", " half "};\n" product "\n}" \
       : "=r"(d)                                                                                               \
-      : "r"(a), "r"(b))
+      : "r"(a), "r"(b), "r"(0x80008000))
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // no product of bfloat16 alone: -0 is added
+#define N3_SCALE_BF16 "fma.rn.bf16x2 %0, %1, s, %3;"
+#else
+#define N3_SCALE_BF16 "mul.rn.bf16x2 %0, %1, s;"
+#endif
   if constexpr (std::is_same_v<T, BF16>) {
-    if constexpr (kHalf == 0) N3_SCALE_PAIR("bf16x2", "l");
-    if constexpr (kHalf == 1) N3_SCALE_PAIR("bf16x2", "h");
+    if constexpr (kHalf == 0) N3_SCALE_PAIR(N3_SCALE_BF16, "l");
+    if constexpr (kHalf == 1) N3_SCALE_PAIR(N3_SCALE_BF16, "h");
   } else {
-    if constexpr (kHalf == 0) N3_SCALE_PAIR("f16x2", "l");
-    if constexpr (kHalf == 1) N3_SCALE_PAIR("f16x2", "h");
+    if constexpr (kHalf == 0) N3_SCALE_PAIR("mul.rn.f16x2 %0, %1, s;", "l");
+    if constexpr (kHalf == 1) N3_SCALE_PAIR("mul.rn.f16x2 %0, %1, s;", "h");
   }
 #undef N3_SCALE_PAIR
+#undef N3_SCALE_BF16
   return d;
 #else
   const float factor = widen(T{uint16_t(b >> 16 * kHalf)});

@@ -12,6 +12,13 @@
 #include "hopper_emulator.h"  // of tests/cuda_emulator
 #endif
 
+// Kernels for all architectures use what is marked so: before sm_90 it does nothing.
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
+#define N3_FROM_SM90 0
+#else
+#define N3_FROM_SM90 1
+#endif
+
 namespace n3::hopper {
 
 #if defined(__CUDACC__)
@@ -34,7 +41,7 @@ N3_DEVICE uint32_t shared_address(const void* p) {
 #if defined(__CUDACC__)
   return uint32_t(__cvta_generic_to_shared(p));
 #else
-  return uint32_t(static_cast<const char*>(p) - ::emulator::shared_memory);
+  return uint32_t(static_cast<const char*>(p) - ::emulator::own_shared_memory());
 #endif
 }
 
@@ -126,19 +133,21 @@ N3_DEVICE void take_registers() {
 
 // ---- clusters: blocks that run at once and read each other's shared memory
 
-// For all threads of the cluster; also orders what they wrote to shared memory.
+// For all threads of the cluster; also orders what they wrote to shared memory. Not before sm_90.
 N3_DEVICE void sync_cluster() {
-#if defined(__CUDACC__)
+#if N3_FROM_SM90
   __syncwarp();  // aligned: a warp that comes out of a divergent loop must be whole again
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#elif defined(__CUDACC__)
+  __trap();
 #else
   ::emulator::wait_at(::emulator::Thread::kAtCluster);
 #endif
 }
 
-// What block `rank` of the cluster has where this one has p.
+// What block `rank` of the cluster has where this one has p. Not before sm_90.
 N3_DEVICE float4 read_cluster(const float4* p, int rank) {
-#if defined(__CUDACC__)
+#if N3_FROM_SM90
   float4 v;
   asm volatile(
       "{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
@@ -146,6 +155,8 @@ N3_DEVICE float4 read_cluster(const float4* p, int rank) {
       : "r"(shared_address(p)), "r"(rank)
       : "memory");
   return v;
+#elif defined(__CUDACC__)
+  __trap();
 #else
   const char* there = reinterpret_cast<const char*>(p) - ::emulator::own_shared_memory() + ::emulator::shared_memory;
   return *reinterpret_cast<const float4*>(there + rank * ::emulator::kSharedBytes);
@@ -156,7 +167,7 @@ N3_DEVICE float4 read_cluster(const float4* p, int rank) {
 
 // The next kernel of the stream may start, if it was launched so, and wait at wait_for_previous().
 N3_DEVICE void let_next_start() {
-#if defined(__CUDACC__)
+#if N3_FROM_SM90
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -164,14 +175,14 @@ N3_DEVICE void let_next_start() {
 // Until the kernels before have ended and what they wrote is there: before it, nothing that they may write is read and
 // nothing that they may read is written.
 N3_DEVICE void wait_for_previous() {
-#if defined(__CUDACC__)
+#if N3_FROM_SM90
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 // Brings `bytes` at p, both multiples of 16, to L2: harmless whatever the kernels before write there.
 N3_DEVICE void prefetch_bytes(const void* p, uint32_t bytes) {
-#if defined(__CUDACC__)
+#if N3_FROM_SM90
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 #endif
 }

@@ -1,5 +1,5 @@
-// The blob of nvfp4_repack: NVFP4 weights in the order in which sm_90a's tensor cores take them as operand a. Layout
-// and bit maths, host and device, no torch.
+// The blob of nvfp4_repack: NVFP4 weights in the order in which tensor cores (sm_80 and later) take them as operand a.
+// Layout and bit maths, host and device, no torch.
 //
 // A tile is 16 rows by 64 k: 512 bytes of codes, then 64 bytes of scales. Rows of tiles lie one after the other; after
 // the tiles of a row of tiles come kMarks bytes, the first 16 of which tell, a byte a row, whose scales have a NaN.

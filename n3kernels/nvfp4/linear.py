@@ -25,7 +25,7 @@ def linear(
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16, K a positive multiple of 16; any strides.
         w: ``[N, K]``, any N; linear scales (others are unswizzled first). A NaN block scale makes its row's output NaN.
-            Or what `prepack` made of it, for the kernels of sm_90a, which take 16-bit ``x``: the others unpack it.
+            Or what `prepack` made of it, for the CUDA kernels, which take 16-bit ``x``: other backends unpack it.
         bias: ``[N]``, dtype of ``x``.
         activation: None, or ``"relu2"``: ``relu(v)^2``.
         compute: ``"exact"``, or ``"fp8"`` for the tensor cores of 8-bit floats (W4A8): rows of x become e4m3 with one

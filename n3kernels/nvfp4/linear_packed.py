@@ -33,8 +33,8 @@ def _fake_packed(x, blob, global_scale, n, bias=None, activation=None):
 
 
 def _supports_cuda(x, *args, **kwargs):
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
-        return "takes GPUs of compute capability 9.0"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "takes GPUs of compute capability 8.0 and later"
     if x.dtype in (torch.float32, torch.float64):
         return f"takes float16 and bfloat16 x, got {dtype_name(x.dtype)}: tensor cores would round it"
     return None
@@ -62,8 +62,8 @@ _dispatch.register(
     reference=reference_repack.nvfp4_linear_packed,
     supports={"cuda": _supports_cuda},
     missing={
-        "cpu": "the blob is in the order of sm_90a's tensor cores: CPU kernels read the canonical layout",
-        "triton": "the blob is in the order of sm_90a's tensor cores: Triton kernels read the canonical layout",
+        "cpu": "the blob is in the order of a GPU's tensor cores: CPU kernels read the canonical layout",
+        "triton": "the blob is in the order of an mma instruction's operand: Triton kernels read the canonical layout",
     },
     setup_context=_setup_context,
     backward=_backward,

@@ -14,7 +14,7 @@ __all__ = ["PackedNVFP4", "prepack"]
 
 
 class PackedNVFP4(NamedTuple):
-    """NVFP4 weights ``[N, K]`` in the order of sm_90a's tensor cores, for `n3kernels.nvfp4.linear`.
+    """NVFP4 weights ``[N, K]`` in the order of a GPU's tensor cores, for `n3kernels.nvfp4.linear`.
 
     A plain named tuple: it travels through ``torch.compile`` and pytrees as its parts do. The blob takes 4.5 bits per
     weight, N rounded up to 16, K to 64.
@@ -40,7 +40,7 @@ class PackedNVFP4(NamedTuple):
 
 
 def prepack(w: NVFP4Tensor) -> PackedNVFP4:
-    """Returns ``w`` with its codes and scales in the order of operand ``a`` of sm_90a's matrix instructions.
+    """Returns ``w`` with its codes and scales in the order of operand ``a`` of the matrix instructions of sm_80 and later.
 
     To be done once, when a checkpoint is loaded. Weights that change are packed anew: the canonical layout stays the
     source of truth, and `PackedNVFP4.unpack` gives it back, value for value.
@@ -84,5 +84,5 @@ _dispatch.register(
     check=_check,
     fake=_fake,
     reference=reference_repack.nvfp4_repack,
-    missing={"triton": "the blob is for the CUDA kernels of sm_90a, and packed once: the reference packs it"},
+    missing={"triton": "the blob is for CUDA kernels, and packed once: the reference packs it"},
 )

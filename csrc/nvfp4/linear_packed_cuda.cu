@@ -5,55 +5,21 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../common/tensor_map.h"
-#include "linear_packed.h"
-#include "linear_sm90_dense_kernel.cuh"
-#include "linear_sm90_wide_kernel.cuh"
+#include "linear_packed_dense_kernel.cuh"
+#include "linear_packed_launch.cuh"
 
 namespace {
 
 using n3::ScalarType;
 using n3::Tensor;
 namespace packed = n3::nvfp4_linear_packed;
-namespace sm90 = n3::nvfp4_linear::sm90;
 using n3::device::BF16;
 using n3::device::F16;
 
-// A launch that may begin before the kernels before it end, in clusters.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const sm90::Plan& plan, cudaStream_t stream, const Arguments&... arguments) {
-  N3_CUDA_CHECK(packed::op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = uint32_t(plan.splits);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(uint32_t(plan.blocks));
-  config.blockDim = dim3(uint32_t(plan.threads));
-  config.dynamicSmemBytes = size_t(plan.shared);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = plan.splits > 1 ? 2 : 1;
-  N3_CUDA_CHECK(packed::op, cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
 template <typename T>
-void stream(const sm90::Problem& p, const sm90::Plan& plan, cudaStream_t stream) {
-  sm90::with_stream(plan.kernel, [&](auto* type) {
-    launch(sm90::tensor_stream_sm90a_kernel<T, std::remove_pointer_t<decltype(type)>>, plan, stream, p);
-  });
-}
-
-template <typename T>
-void wide(const sm90::Problem& p, const sm90::Plan& plan, cudaStream_t stream) {
-  sm90::with_wide(plan.kernel, [&](auto* type) {
-    using Shape = std::remove_pointer_t<decltype(type)>;
-    const ScalarType dtype = std::is_same_v<T, F16> ? ScalarType::Half : ScalarType::BFloat16;
-    const CUtensorMap map =
-        n3::tensor_map(packed::op, dtype, p.x, {p.k, p.m, 1, 1}, {p.k, 0, 0}, {64, Shape::kTokens, 1, 1});
-    launch(sm90::tensor_wide_kernel_sm90<T, Shape>, plan, stream, map, p);
+void stream_weights(const packed::Problem& p, const packed::Plan& plan, packed::Cores cores, cudaStream_t stream) {
+  packed::with_stream(plan.kernel, [&](auto* type) {
+    packed::launch(packed::tensor_stream_kernel<T, std::remove_pointer_t<decltype(type)>>, plan, cores, stream, p);
   });
 }
 
@@ -67,31 +33,42 @@ Tensor product(const Tensor& a, const Tensor& b) {
 
 // The weights decoded once, torch's product, and the end of the operator over parts of it that stay in L2.
 template <typename T>
-void dense(const sm90::Problem& p, const Tensor& x, cudaStream_t stream) {
+void dense(const packed::Problem& p, const Tensor& x, cudaStream_t stream) {
   const Tensor rows = torch::stable::reshape(x, {p.m, p.k}), weights = torch::stable::new_empty(x, {p.n, p.k});
-  sm90::decode_sm90a_kernel<T><<<uint32_t(n3::nvfp4_repack::row_tiles(p.n)), sm90::kDenseThreads, 0, stream>>>(
+  packed::decode_blob_kernel<T><<<uint32_t(n3::nvfp4_repack::row_tiles(p.n)), packed::kDenseThreads, 0, stream>>>(
       p, static_cast<T*>(weights.mutable_data_ptr()));
   N3_CUDA_CHECK(packed::op, cudaGetLastError());
   const Tensor columns = torch::stable::transpose(weights, 0, 1);
-  const int64_t part = sm90::dense_rows(p.n);
+  const int64_t part = packed::dense_rows(p.n);
   for (int64_t m0 = 0; m0 < p.m; m0 += part) {
     const int64_t count = std::min(part, p.m - m0);
     Tensor these = rows;
     if (part < p.m) these = torch::stable::narrow(these, 0, m0, count);
     const Tensor sums = product(these, columns);
-    sm90::finish_sm90a_kernel<T><<<uint32_t(sm90::finish_blocks(count, p.n)), sm90::kDenseThreads, 0, stream>>>(
+    packed::finish_sums_kernel<T><<<uint32_t(packed::finish_blocks(count, p.n)), packed::kDenseThreads, 0, stream>>>(
         p, static_cast<const float*>(sums.const_data_ptr()), m0, count);
     N3_CUDA_CHECK(packed::op, cudaGetLastError());
   }
 }
 
+packed::Cores cores_of(int device) {
+  int major = 0, minor = 0;
+  N3_CUDA_CHECK(packed::op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  N3_CUDA_CHECK(packed::op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  packed::Cores cores = packed::cores_of(10 * major + minor);
+#if !defined(N3_HAS_SM90)
+  cores.warpgroups = false;
+#endif
+  return cores;
+}
+
 template <typename T>
-void run(const sm90::Problem& p, const sm90::Plan& plan, const Tensor& x, cudaStream_t on) {
-  if (plan.kernel == sm90::Kernel::kDense) {
-    dense<T>(p, x, on);
-  } else {
-    sm90::streams(plan.kernel) ? stream<T>(p, plan, on) : wide<T>(p, plan, on);
-  }
+void run(const packed::Problem& p, const packed::Plan& plan, packed::Cores cores, const Tensor& x, cudaStream_t on) {
+  if (plan.kernel == packed::Kernel::kDense) return dense<T>(p, x, on);
+  if (packed::streams(plan.kernel)) return stream_weights<T>(p, plan, cores, on);
+#if defined(N3_HAS_SM90)
+  packed::launch_wide(p, plan, std::is_same_v<T, F16>, on);
+#endif
 }
 
 Tensor nvfp4_linear_packed(const Tensor& x, const Tensor& blob, const Tensor& global_scale, int64_t n,
@@ -107,8 +84,9 @@ Tensor nvfp4_linear_packed(const Tensor& x, const Tensor& blob, const Tensor& gl
   const Tensor xc = n3::aligned(x), weights = n3::aligned(blob);
   std::optional<Tensor> shift;
   if (bias) shift = torch::stable::contiguous(*bias);
-  const sm90::Plan plan = sm90::plan(m, n, k, n3::batch_invariant());
-  const sm90::Problem problem{xc.const_data_ptr(),
+  const packed::Cores cores = cores_of(x.get_device_index());
+  const packed::Plan plan = packed::plan(m, n, k, n3::batch_invariant(), cores);
+  const packed::Problem problem{xc.const_data_ptr(),
                               static_cast<const uint8_t*>(weights.const_data_ptr()),
                               static_cast<const float*>(global_scale.const_data_ptr()),
                               shift ? shift->const_data_ptr() : nullptr,
@@ -120,7 +98,8 @@ Tensor nvfp4_linear_packed(const Tensor& x, const Tensor& blob, const Tensor& gl
                               plan.row_groups,
                               activation.has_value()};
   const cudaStream_t stream = n3::current_stream(packed::op, x);
-  x.scalar_type() == ScalarType::Half ? run<F16>(problem, plan, xc, stream) : run<BF16>(problem, plan, xc, stream);
+  const bool half = x.scalar_type() == ScalarType::Half;
+  half ? run<F16>(problem, plan, cores, xc, stream) : run<BF16>(problem, plan, cores, xc, stream);
   return y;
 }
 

@@ -1,4 +1,4 @@
-"""The text of the sm_90a kernels of nvfp4_linear.packed and of nvfp4_repack's kernel, run on the CPU by
+"""The text of the kernels of nvfp4_linear.packed and of nvfp4_repack's kernel, run on the CPU by
 tests/cuda_emulator: see test_cuda_kernels.py for what that shows. And the plan."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
 )
-STREAM1, STREAM2, STREAM4, STREAM8, WIDE64, WIDE128, WIDE256, DENSE = range(8)  # linear::sm90::Kernel
+STREAM1, STREAM2, STREAM4, STREAM8, WIDE64, WIDE128, WIDE256, DENSE = range(8)  # nvfp4_linear_packed::Kernel
 TOKENS = {STREAM1: 8, STREAM2: 8, STREAM4: 16, STREAM8: 32, WIDE64: 64, WIDE128: 128, WIDE256: 256}
 
 
@@ -26,15 +26,15 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "kernel")),
         *((name, ctypes.c_void_p) for name in ("x", "blob", "global_scale", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("half", "relu2", "invariant", "lazy", "reversed")),
+        *((name, ctypes.c_int64) for name in ("half", "relu2", "invariant", "lazy", "reversed", "capability")),
     ]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    built, emulator = tmp_path_factory.mktemp("emulator") / "nvfp4_sm90.so", ROOT / "tests" / "cuda_emulator"
+    built, emulator = tmp_path_factory.mktemp("emulator") / "nvfp4_packed.so", ROOT / "tests" / "cuda_emulator"
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "nvfp4_sm90.cpp"), "-o", str(built)], check=True)
+    subprocess.run(["g++", *flags, str(emulator / "nvfp4_packed.cpp"), "-o", str(built)], check=True)
     return ctypes.CDLL(str(built))
 
 
@@ -55,14 +55,14 @@ def weights(n, k):
 
 
 def linear(library, x, q, scale, global_scale, bias=None, activation=None, *, kernel=-1, lazy=2, reverse=False,
-           invariant=False):  # fmt: skip
+           invariant=False, capability=90):  # fmt: skip
     """y, written between fences."""
     (m, k), n = x.shape, len(q)
     blob = fenced(reference_repack.nvfp4_repack(q, scale))
     y = fenced(torch.full((m, n), float("nan"), dtype=x.dtype))
-    library.emulate_linear_sm90(ctypes.byref(Call(
+    library.emulate_linear_packed(ctypes.byref(Call(
         m, n, k, kernel, x.data_ptr(), blob.data_ptr(), global_scale.data_ptr(), pointer(bias), y.data_ptr(),
-        x.dtype == torch.float16, activation == "relu2", invariant, lazy, reverse,
+        x.dtype == torch.float16, activation == "relu2", invariant, lazy, reverse, capability,
     )))  # fmt: skip
     whole = y.as_strided((y.numel() + 128,), (1,), 0)
     assert whole[:64].isnan().all() and whole[-64:].isnan().all(), "written out of range"
@@ -122,6 +122,14 @@ def test_split_over_blocks(library, kernel, k):
     """1, 1, 2 and 8 blocks share k; rows that no block of 64 has, more tokens than a block takes."""
     args = problem(TOKENS[kernel] + 3, 24, k, torch.bfloat16)
     assert_right(linear(library, *args, kernel=kernel), *args)
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+@pytest.mark.parametrize("m, n, k", [(1, 80, 64), (6, 16, 4160), (40, 37, 400), (130, 24, 144)])
+def test_without_warpgroups(library, capability, m, n, k):
+    """Before sm_90 one block has all of k; every number of tokens up to 128 is streamed."""
+    args = *problem(m, n, k, torch.bfloat16), "relu2"
+    assert_right(linear(library, *args, capability=capability), *args)
 
 
 @pytest.mark.parametrize("n, k", SIZES)
@@ -210,7 +218,7 @@ PUBLISHED = [(1856, 2688), (2688, 1856), (1024, 2688), (464, 2688), (10304, 2688
 def test_every_output_has_one_cluster_and_every_k_one_warp(n, k, invariant):
     rows_of = {STREAM1: 16, STREAM2: 32, STREAM4: 64, STREAM8: 64, WIDE64: 128, WIDE128: 128, WIDE256: 128}
     for m in (1, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 4095):
-        kernel, splits, rows, tokens, blocks, threads, shared = _host.nvfp4_linear_sm90_plan(m, n, k, invariant)
+        kernel, splits, rows, tokens, blocks, threads, shared = _host.nvfp4_linear_packed_plan(m, n, k, invariant)
         assert rows == -(-n // rows_of[kernel]) and tokens == -(-m // TOKENS[kernel])
         assert blocks == rows * tokens * splits < 2**31 and shared <= 232448
         assert kernel <= STREAM8 or not (m <= 32 or invariant)
@@ -218,28 +226,39 @@ def test_every_output_has_one_cluster_and_every_k_one_warp(n, k, invariant):
             assert threads == 256 and splits in (1, 2, 4, 8)
             tiles = -(-k // 64)
             taken = [t for r in range(splits) for w in range(8)
-                     for t in range(*_host.nvfp4_linear_sm90_tiles(tiles, splits, r, w), 8)]  # fmt: skip
+                     for t in range(*_host.nvfp4_linear_packed_tiles(tiles, splits, r, w), 8)]  # fmt: skip
             assert sorted(taken) == list(range(tiles))
 
 
 @pytest.mark.parametrize("n, k", PUBLISHED)
 def test_in_batch_invariant_mode_the_sums_do_not_depend_on_the_rows(n, k):
-    assert len({_host.nvfp4_linear_sm90_plan(m, n, k, True)[1] for m in range(1, 200)}) == 1
+    assert len({_host.nvfp4_linear_packed_plan(m, n, k, True)[1] for m in range(1, 200)}) == 1
 
 
 def test_small_matrices_fill_the_multiprocessors():
     """The shapes of the design: few rows are split until most multiprocessors have a block."""
     for n, k, m in [(1856, 2688, 1), (1856, 2688, 32), (464, 2688, 8), (1024, 2688, 16)]:
-        assert _host.nvfp4_linear_sm90_plan(m, n, k, False)[4] >= 100
+        assert _host.nvfp4_linear_packed_plan(m, n, k, False)[4] >= 100
 
 
 def test_many_tokens_take_the_tile_that_fills_the_multiprocessors():
     """Of a small matrix few tokens are streamed, more take narrow tiles; a large one takes wide tiles."""
     small, large = (1856, 2688), (131072, 2688)
-    assert [_host.nvfp4_linear_sm90_plan(m, *small, False)[0] for m in (64, 512)] == [STREAM8, WIDE64]
-    assert [_host.nvfp4_linear_sm90_plan(m, *large, False)[0] for m in (64, 128, 512)] == [WIDE64, WIDE128, WIDE256]
+    assert [_host.nvfp4_linear_packed_plan(m, *small, False)[0] for m in (64, 512)] == [STREAM8, WIDE64]
+    assert [_host.nvfp4_linear_packed_plan(m, *large, False)[0] for m in (64, 128, 512)] == [WIDE64, WIDE128, WIDE256]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+@pytest.mark.parametrize("n, k", PUBLISHED)
+def test_other_gpus_stream_up_to_128_tokens(capability, n, k):
+    for m in (1, 5, 9, 17, 33, 128):
+        kernel, splits, *_, shared = _host.nvfp4_linear_packed_plan(m, n, k, False, capability)
+        assert kernel <= STREAM8 and shared <= 99 * 1024
+        assert splits == 1 or capability >= 90
+    assert _host.nvfp4_linear_packed_plan(129, n, k, False, capability)[0] == DENSE
+    assert _host.nvfp4_linear_packed_plan(129, n, k, True, capability)[0] == STREAM8
 
 
 def test_from_4096_tokens_on_the_weights_are_decoded_once():
-    assert _host.nvfp4_linear_sm90_plan(4096, 1856, 2688, False)[0] == DENSE
-    assert _host.nvfp4_linear_sm90_plan(4096, 1856, 2688, True)[0] == STREAM8
+    assert _host.nvfp4_linear_packed_plan(4096, 1856, 2688, False)[0] == DENSE
+    assert _host.nvfp4_linear_packed_plan(4096, 1856, 2688, True)[0] == STREAM8

@@ -1,14 +1,14 @@
 // nvfp4_linear.packed for very many tokens: the weights decoded once, torch's product, and the end of the operator.
 #pragma once
-#include "linear_sm90_kernel.cuh"
+#include "linear_packed_kernel.cuh"
 
-namespace n3::nvfp4_linear::sm90 {
+namespace n3::nvfp4_linear_packed {
 
 //   grid  row_tiles(n)     block  kDenseThreads, a warp for every eighth tile     smem  18 KB
 // to[n, k] = the weights as the kernels multiply them. Through shared memory: a lane holds pairs, rows are written in
 // pieces of 16 bytes.
 template <typename T>
-__global__ __launch_bounds__(kDenseThreads) void decode_sm90a_kernel(const __grid_constant__ Problem p,
+__global__ __launch_bounds__(kDenseThreads) void decode_blob_kernel(const __grid_constant__ Problem p,
                                                                      T* __restrict__ to) {
   constexpr int kWarps = kDenseThreads / 32;
   alignas(16) __shared__ uint32_t staged[kWarps][blob::kRows][36];  // 32 words of a row; + 4: rows start in other banks
@@ -46,7 +46,7 @@ __global__ __launch_bounds__(kDenseThreads) void decode_sm90a_kernel(const __gri
 //   grid  rows * n / kDenseThreads, rounded up     block  kDenseThreads     smem  none
 // Rows m0 .. of y from their sums.
 template <typename T>
-__global__ __launch_bounds__(kDenseThreads) void finish_sm90a_kernel(const __grid_constant__ Problem p,
+__global__ __launch_bounds__(kDenseThreads) void finish_sums_kernel(const __grid_constant__ Problem p,
                                                                      const float* __restrict__ sums, int64_t m0,
                                                                      int64_t rows) {
   const int64_t at = int64_t(blockIdx.x) * kDenseThreads + threadIdx.x;
@@ -57,4 +57,4 @@ __global__ __launch_bounds__(kDenseThreads) void finish_sm90a_kernel(const __gri
   put(m0 + at / p.n, row, finished(sums[at], marked(p, row)));
 }
 
-}  // namespace n3::nvfp4_linear::sm90
+}  // namespace n3::nvfp4_linear_packed

@@ -1,16 +1,23 @@
-// How nvfp4_linear.packed runs on sm_90a: which kernel, on which grid, who sums which k. Pure host arithmetic and,
-// where marked N3_HD, the very functions that the kernels call.
+// How nvfp4_linear.packed runs: which kernel, on which grid, who sums which k. Pure host arithmetic and, where marked
+// N3_HD, the very functions that the kernels call.
 #pragma once
 #include <cstdint>
 #include <type_traits>
 
 #include "repack_plan.h"
 
-namespace n3::nvfp4_linear::sm90 {
+namespace n3::nvfp4_linear_packed {
 
 namespace blob = n3::nvfp4_repack;
 
 enum class Kernel { kStream1, kStream2, kStream4, kStream8, kWide64, kWide128, kWide256, kDense };
+
+// What a GPU has beyond sm_80: blocks that read each other's shared memory (from sm_90 on), and the products of
+// warpgroups (sm_90a alone).
+struct Cores {
+  bool clusters, warpgroups;
+};
+inline Cores cores_of(int capability) { return {capability >= 90, capability == 90}; }
 
 // A part of the tiles along k.
 struct Range {
@@ -62,7 +69,7 @@ inline int32_t splits_for(int64_t groups, int64_t tiles) {
   return best;
 }
 
-// ---------------------------------------------------------------- many tokens: warpgroup products
+// ---------------------------------------------------------------- many tokens: warpgroup products (sm_90a)
 
 constexpr int kWideRows = 128;     // of the weights: two warpgroups of 64
 constexpr int kWideThreads = 384;  // and one that loads tokens
@@ -97,7 +104,9 @@ inline int64_t finish_blocks(int64_t rows, int64_t n) { return (rows * n + kDens
 // ---------------------------------------------------------------- the choice
 
 constexpr int64_t kStreamTokens = 32;   // most tokens of a block of Stream8
-constexpr int64_t kDenseTokens = 4096;  // from here on: decoded once, then torch's product; not measured yet
+// From here on: decoded once, then torch's product. Derived, not measured. Decoding moves 4.6 bytes per weight, a pass
+// of Stream8 reads 0.56 and takes about twice the time of reading: without warpgroups four passes cost as much.
+constexpr int64_t kDenseTokens = 4096, kDenseTokensOfStreams = 4 * kStreamTokens + 1;
 
 struct Plan {
   Kernel kernel;
@@ -130,12 +139,13 @@ inline bool streams(Kernel kernel) { return kernel <= Kernel::kStream8; }
 
 inline int64_t groups_of(int64_t size, int64_t group) { return (size + group - 1) / group; }
 
-inline Plan stream_plan(Kernel kernel, int64_t m, int64_t n, int64_t k, bool invariant) {
+inline Plan stream_plan(Kernel kernel, int64_t m, int64_t n, int64_t k, bool invariant, Cores cores) {
   return with_stream(kernel, [&](auto* type) {
     using Shape = std::remove_pointer_t<decltype(type)>;
     const int64_t rows = groups_of(n, 16 * Shape::kTiles), tokens = groups_of(m, 8 * Shape::kGroups);
     // What a sum's order depends on: in batch-invariant mode it does not see how many rows a block has.
-    const int32_t splits = splits_for(groups_of(n, 16 * (invariant ? 4 : Shape::kTiles)), blob::depth_tiles(k));
+    const int64_t groups = groups_of(n, 16 * (invariant ? 4 : Shape::kTiles));
+    const int32_t splits = cores.clusters ? splits_for(groups, blob::depth_tiles(k)) : 1;
     return Plan{kernel, splits, int32_t(rows), int32_t(tokens), rows * tokens * splits, kStreamThreads, Shape::kShared};
   });
 }
@@ -157,12 +167,13 @@ inline int64_t clocks(Kernel kernel, int64_t m, int64_t n, int64_t k) {
   return groups_of(wide_plan(kernel, m, n).blocks, kMultiprocessors) * tiles * step;
 }
 
-inline Kernel kernel_for(int64_t m, int64_t n, int64_t k, bool invariant) {
+inline Kernel kernel_for(int64_t m, int64_t n, int64_t k, bool invariant, Cores cores) {
   if (m <= 4) return Kernel::kStream1;
   if (m <= 8) return Kernel::kStream2;
   if (m <= 16) return Kernel::kStream4;
   if (m <= kStreamTokens || invariant) return Kernel::kStream8;
-  if (m >= kDenseTokens) return Kernel::kDense;
+  if (m >= (cores.warpgroups ? kDenseTokens : kDenseTokensOfStreams)) return Kernel::kDense;
+  if (!cores.warpgroups) return Kernel::kStream8;
   Kernel best = Kernel::kWide256;
   for (const Kernel other : {Kernel::kWide128, Kernel::kWide64, Kernel::kStream8}) {
     if (clocks(other, m, n, k) < clocks(best, m, n, k)) best = other;
@@ -171,10 +182,10 @@ inline Kernel kernel_for(int64_t m, int64_t n, int64_t k, bool invariant) {
 }
 
 // In batch-invariant mode every number of tokens is streamed, in one order of summation.
-inline Plan plan(int64_t m, int64_t n, int64_t k, bool invariant) {
-  const Kernel kernel = kernel_for(m, n, k, invariant);
+inline Plan plan(int64_t m, int64_t n, int64_t k, bool invariant, Cores cores) {
+  const Kernel kernel = kernel_for(m, n, k, invariant, cores);
   if (kernel == Kernel::kDense) return {kernel, 1, 0, 0, 0, 0, 0};
-  return streams(kernel) ? stream_plan(kernel, m, n, k, invariant) : wide_plan(kernel, m, n);
+  return streams(kernel) ? stream_plan(kernel, m, n, k, invariant, cores) : wide_plan(kernel, m, n);
 }
 
-}  // namespace n3::nvfp4_linear::sm90
+}  // namespace n3::nvfp4_linear_packed

@@ -1,14 +1,16 @@
-// nvfp4_linear.packed on sm_90a: what its kernels share, and the kernel for few tokens.
+// nvfp4_linear.packed: what its kernels share, and the kernel for few tokens, which sm_80 and later have.
 //
 // Weights are operand a, decoded in registers from the blob of repack_plan.h: a word is four registers after nine
-// operations, scaled exactly by one multiplication each. Tokens are operand b. Kernels named *_sm90a_kernel do without
-// wgmma.
+// operations, scaled exactly by one multiplication each. Tokens are operand b.
 #pragma once
 #include "../common/hopper.cuh"
 #include "linear_epilogue.cuh"
-#include "linear_sm90_plan.h"
+#include "linear_packed_plan.h"
 
-namespace n3::nvfp4_linear::sm90 {
+namespace n3::nvfp4_linear_packed {
+
+using nvfp4_linear::Epilogue;
+using nvfp4_linear::relu2;
 
 struct Problem {
   const void* x;        // [m, k], 16-byte aligned
@@ -164,9 +166,10 @@ N3_DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b
 //   smem  Shape::kShared, dynamic
 // Each tile of the weights is read by one warp, from global memory to registers. The warps of a cluster share the k of
 // its rows; their sums are added in one order, that of the warps in a block, then that of the blocks, read from each
-// other's shared memory. A sum's order depends on the number of splits alone, never on who else is in the batch.
+// other's shared memory; without clusters (before sm_90) there is one block, splits is 1. A sum's order depends on the
+// number of splits alone, never on who else is in the batch.
 template <typename T, typename Shape>
-__global__ __launch_bounds__(kStreamThreads, Shape::kBlocks) void tensor_stream_sm90a_kernel(
+__global__ __launch_bounds__(kStreamThreads, Shape::kBlocks) void tensor_stream_kernel(
     const __grid_constant__ Problem p) {
   constexpr int kTiles = Shape::kTiles, kGroups = Shape::kGroups, kAhead = Shape::kAhead;
   char* memory = hopper::shared_memory();
@@ -254,4 +257,4 @@ __global__ __launch_bounds__(kStreamThreads, Shape::kBlocks) void tensor_stream_
   hopper::sync_cluster();  // a block's shared memory is there until all have read it
 }
 
-}  // namespace n3::nvfp4_linear::sm90
+}  // namespace n3::nvfp4_linear_packed

@@ -1,9 +1,9 @@
 // nvfp4_linear.packed on sm_90a for many tokens: y^T = W x^T by warpgroup products, weights decoded in registers as
 // operand a, tokens from shared memory as operand b.
 #pragma once
-#include "linear_sm90_kernel.cuh"
+#include "linear_packed_kernel.cuh"
 
-namespace n3::nvfp4_linear::sm90 {
+namespace n3::nvfp4_linear_packed {
 
 struct Barriers {
   hopper::Barrier *landed, *empty;
@@ -171,4 +171,4 @@ __global__ __launch_bounds__(kWideThreads, 1) void tensor_wide_kernel_sm90(
   }
 }
 
-}  // namespace n3::nvfp4_linear::sm90
+}  // namespace n3::nvfp4_linear_packed
