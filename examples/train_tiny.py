@@ -61,16 +61,16 @@ class NVFP4Linear(Linear):
 
 
 def use_nvfp4(model: Nemotron) -> int:
-    """Gives the layers that NVIDIA's recipe trains in NVFP4 those products, and says how many they are: the
-    projections of the mixers and the shared experts, but for attention, latent projections, head, MTP and the last
-    15 % of the layers."""
+    """Gives the layers that NVIDIA's recipe trains in NVFP4 those products, and says how many they are: the input
+    projections of Mamba and the shared experts, but for attention, Mamba's output projections (MXFP8 in Nemotron 3),
+    latent projections, head, MTP and the last 15 % of the layers."""
     last = len(model.config.layers) - round(0.15 * len(model.config.layers))
     count = 0
     for name, module in model.named_modules():
         parts = name.split(".")
         if type(module) is not Linear or parts[0] != "backbone" or int(parts[2]) >= last:
             continue
-        if parts[-1] in ("in_proj", "out_proj", "up_proj", "down_proj"):
+        if parts[-1] in ("in_proj", "up_proj", "down_proj"):
             module.__class__ = NVFP4Linear
             count += 1
     return count

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "gemm.h"
+#include "linear_amx.h"
 
 namespace n3::nvfp4_gemm {
 
@@ -28,5 +29,8 @@ struct Segment {
 
 // Writes the rows of y that the segments name.
 void multiply(const Params& p, const std::vector<Segment>& segments);
+
+// The same in AMX tiles, which have bits of their own.
+void multiply_tiles(const Params& p, const std::vector<Segment>& segments, const nvfp4_linear::amx::Kernels& kernel);
 
 }  // namespace n3::nvfp4_gemm

@@ -1,12 +1,10 @@
-#include "gemm_engine.h"
-
-#include <algorithm>
-
 #include "../common/buffer.h"
 #include "../common/cpu.h"
 #include "../common/threads.h"
+#include "gemm_batches.h"
 #include "gemm_generic.h"
 #include "gemm_kernels.h"
+#include "linear_engine.h"
 
 namespace n3::nvfp4_gemm {
 
@@ -27,31 +25,6 @@ const Kernels& kernels() {
 }
 
 namespace {
-
-// Segments, or parts of them, of at most kTokens rows in all: what is packed at a time.
-struct Batch {
-  struct Piece {
-    Segment rows;
-    int64_t packed;  // rows before it
-  };
-  std::vector<Piece> pieces;
-  int64_t tokens = 0;
-};
-
-std::vector<Batch> batches(const std::vector<Segment>& segments) {
-  std::vector<Batch> all(1);
-  for (const Segment& s : segments) {
-    for (int64_t done = 0; done < s.tokens;) {
-      if (all.back().tokens == kTokens) all.emplace_back();
-      Batch& batch = all.back();
-      const int64_t tokens = std::min(s.tokens - done, kTokens - batch.tokens);
-      batch.pieces.push_back({{s.first + done, tokens, s.expert}, batch.tokens});
-      batch.tokens += tokens;
-      done += tokens;
-    }
-  }
-  return all;
-}
 
 Tokens at(const Tokens& packed, int64_t token, int64_t blocks) {
   return {packed.codes + token * blocks, packed.init + token * blocks, packed.scale + token * blocks};
@@ -78,23 +51,6 @@ void pack(const Params& p, const Kernels& kernel, const Batch& batch, const Toke
   });
 }
 
-// y of the rows n0 ... n0 + rows of one matrix of b, from their sums.
-template <typename T>
-void finish(const Params& p, const Segment& s, int64_t n0, int64_t rows, int64_t stride, const float* sums) {
-  const T* bias = static_cast<const T*>(p.bias);
-  const float* b_global = p.b.global + (p.b.global_per_row ? n0 : s.expert);
-  for (int64_t t = 0; t < s.tokens; ++t) {
-    const int64_t row = s.first + t;
-    const float a_global = p.a.global[p.a.global_per_row ? row : 0];
-    T* y = static_cast<T*>(p.y) + row * p.n + n0;
-    for (int64_t r = 0; r < rows; ++r) {
-      float v = sums[t * stride + r] * a_global * b_global[p.b.global_per_row ? r : 0];
-      if (bias) v += to_float(bias[n0 + r]);
-      y[r] = from_float<T>(v);
-    }
-  }
-}
-
 // One item is a panel of rows of b with the tokens of one piece, so an output has one owner.
 template <typename T>
 void run(const Params& p, const Kernels& kernel, const Batch& batch, const Tokens& packed) {
@@ -118,13 +74,14 @@ void run(const Params& p, const Kernels& kernel, const Batch& batch, const Token
 }  // namespace
 
 void multiply(const Params& p, const std::vector<Segment>& segments) {
+  if (const auto* tiles = nvfp4_linear::tile_kernels()) return multiply_tiles(p, segments, *tiles);
   const Kernels& kernel = kernels();
   const int64_t blocks = p.k / 16, most = std::min(p.m, kTokens) * blocks;
   const auto codes = buffer<int8_t[16]>(most * 16);
   const auto init = buffer<int32_t>(most * 4);
   const auto scale = buffer<float>(most * 4);
   const Tokens packed{codes.get(), init.get(), scale.get()};
-  for (const Batch& batch : batches(segments)) {
+  for (const Batch& batch : batches(segments, kTokens)) {
     pack(p, kernel, batch, packed);
     switch (p.out_dtype) {  // check() let nothing else through
       case ScalarType::Float: run<float>(p, kernel, batch, packed); break;

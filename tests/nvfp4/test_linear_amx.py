@@ -15,7 +15,7 @@ from conftest import assert_same_bits, fenced
 from nvfp4_oracle import e4m3, weights
 
 import n3kernels
-from n3kernels.nvfp4 import NVFP4Tensor, linear
+from n3kernels.nvfp4 import NVFP4Tensor, gemm, linear
 
 _host = pytest.importorskip("n3kernels._host", reason="_host, which names the instruction set, is of another Python")
 pytestmark = pytest.mark.skipif(_host.cpu_isa() != "amx", reason=f"the CPU kernels use {_host.cpu_isa()}, not AMX")
@@ -74,6 +74,17 @@ def in_steps(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             even_odd.append(total)
         out = flush(out + flush(even_odd[0] + even_odd[1]))
     return out
+
+
+@pytest.mark.parametrize("layout", ["linear", "128x4"])
+@pytest.mark.parametrize("m, n, k", [(1, 5, 16), (3, 40, 80), (33, 33, 208), (70, 17, 96)])
+def test_two_nvfp4_matrices_are_summed_alike(m, n, k, layout):
+    """``gemm``: rows of a become bfloat16, exactly, and take the place of x."""
+    torch.manual_seed(m + n)
+    a, b = (NVFP4Tensor.from_parts(*weights(rows, k, 1.0, 0x08, 0x70)) for rows in (m, n))
+    sums = in_steps(*(t.dequantize(torch.float32) for t in (a, b)))
+    a, b = (t._replace(global_scale=torch.tensor(g)).to_layout(layout) for t, g in ((a, 0.3), (b, 7.7)))
+    assert_same_bits(gemm(a, b, torch.float32), sums * a.global_scale * b.global_scale)
 
 
 @pytest.mark.parametrize("spread", [0, 8, 60])
