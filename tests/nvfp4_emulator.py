@@ -1,33 +1,13 @@
-"""The nvfp4 kernels under tests/cuda_emulator: the libraries, and what their arguments are made of."""
+"""What the arguments of the nvfp4 kernels under tests/cuda_emulator are made of."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
-import pytest
 import torch
 from conftest import FENCE
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the emulator's codes
-needs_emulator = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
-
-
-@functools.cache
-def library(source: str) -> ctypes.CDLL:
-    emulator = ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "emulated.so"
-        subprocess.run(["g++", *flags, str(emulator / source), "-o", str(built)], check=True)
-        return ctypes.CDLL(str(built))
 
 
 def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:

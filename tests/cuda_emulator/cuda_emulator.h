@@ -25,7 +25,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
 
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close_to, assert_same_bits, fenced
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_text import load, needs_emulator
 
 from n3kernels.mamba import reference, reference_decode, reference_mixer
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
+pytestmark = needs_emulator
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.bool]  # mamba::Type
 SOURCE, LAST, EACH = range(3)  # mamba::Where
 SHIFT, WINDOW, RING = range(3)  # causal_conv1d::History
@@ -145,12 +140,8 @@ class MoveArgs(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "mamba.so"
-    emulator = ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "mamba.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+def kernels():
+    loaded = load("mamba.cpp")
     loaded.size_of_arguments.restype = ctypes.c_int64
     return loaded
 

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same_bits, fenced
+from kernel_text import load, needs_emulator
 from ssd_problems import rms_error, widened
 
 from n3kernels.mamba import reference
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
+pytestmark = needs_emulator
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the kernel's codes
 
 
@@ -49,12 +44,8 @@ class Call(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "ssd_scan.so"
-    emulator = ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "ssd_scan.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).emulate_ssd_scan
+def kernel():
+    return load("ssd_scan.cpp").emulate_ssd_scan
 
 
 def operand(t, last=None):

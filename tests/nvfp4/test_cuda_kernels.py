@@ -11,7 +11,8 @@ import torch
 from conftest import assert_close_to, assert_same_bits, fenced
 from hypothesis import given
 from hypothesis import strategies as st
-from nvfp4_emulator import DTYPES, e4m3, library, needs_emulator, pointer, room, size
+from kernel_text import load, needs_emulator
+from nvfp4_emulator import DTYPES, e4m3, pointer, room, size
 
 from n3kernels.nvfp4 import reference
 
@@ -21,7 +22,7 @@ ROWS, TENSOR16, TENSOR64, TENSOR128, FMA = range(5)  # linear::Kernel
 
 @pytest.fixture(scope="module")
 def kernels():
-    return library("nvfp4.cpp")
+    return load("nvfp4.cpp")
 
 
 def weights(n, k):

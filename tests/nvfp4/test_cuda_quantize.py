@@ -14,7 +14,8 @@ import torch
 from conftest import FENCE, assert_same_bits, fenced
 from hypothesis import given
 from hypothesis import strategies as st
-from nvfp4_emulator import DTYPES, library, needs_emulator, pointer, room, size
+from kernel_text import load, needs_emulator
+from nvfp4_emulator import DTYPES, pointer, room, size
 
 from n3kernels.nvfp4 import reference_quantize as reference
 
@@ -49,13 +50,13 @@ class Norm(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernels():
-    return library("nvfp4_quantize.cpp")
+    return load("nvfp4_quantize.cpp")
 
 
 # ---- inputs
 
 KINDS = ["normal", "ties", "bits", "holes", "tiny", "huge"]
-GLOBALS = [None, 0.0, 0.013, 1e-40, 3e38, -0.013, float("nan"), float("inf")]
+GLOBALS = [None, 0.0, 0.013, 1e-40, 3e38, -0.013, -1e-40, float("nan"), float("inf")]
 
 
 def values(kind, shape, dtype):
@@ -79,6 +80,11 @@ def lay(x, layout):
         return fenced(x)
     if layout == "mT":
         return fenced(x.mT.contiguous()).mT
+    if layout == "apart":  # aligned rows, matrices that are not: an element between them
+        *lead, rows, k = x.shape
+        whole = torch.full((x.shape[:-2].numel(), rows * k + 1), float("nan"), dtype=x.dtype)
+        whole[:, : rows * k] = x.reshape(-1, rows * k)
+        return whole[:, : rows * k].unflatten(1, (rows, k)) if lead else fenced(x)
     gap = {"gaps": 16, "odd gaps": 3, "mT gaps": 2, "mT odd gaps": 3}[layout]
     inside = x.mT if layout.startswith("mT") else x
     *lead, rows, k = inside.shape
@@ -138,7 +144,7 @@ def run_quantize(kernels, x, given, run, signs, seed, **options):
     assert_parts(parts, want)
 
 
-LAYOUTS = ["dense", "gaps", "odd gaps", "mT", "mT gaps", "mT odd gaps"]
+LAYOUTS = ["dense", "gaps", "odd gaps", "apart", "mT", "mT gaps", "mT odd gaps"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -320,6 +326,19 @@ def test_rms_norm(kernels, kind, layout, rows, blocks, dtype, given, per_row, ru
         untouched()
         assert torch.equal(got.isnan(), true.isnan())
         assert_same_bits(got.nan_to_num(7.0), true.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("row", [0, 200, 399])
+def test_the_global_scale_of_rms_norm_is_that_of_all_blocks(kernels, row):
+    """One row has all its weight in one place, and with it the largest normalised value; several thread blocks."""
+    x, k = torch.ones(400, 48), 48
+    x[row] = 0.0
+    x[row, 7] = 1.0
+    weight = fenced(torch.ones(k))
+    want = reference.rms_norm_nvfp4_quantize(x, weight)
+    norm = Norm(Matrices(), weight.data_ptr(), None, None, 1e-5, True, False)
+    x = fenced(x)
+    assert_parts(run_producer(kernels, RMS_NORM, x, k, want[:3], None, (4096, False), norm), want[:3])
 
 
 assert FENCE % 16 == 0  # fenced tensors are aligned as a GPU's are

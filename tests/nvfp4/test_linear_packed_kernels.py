@@ -4,20 +4,15 @@ tests/cuda_emulator: see test_cuda_kernels.py for what that shows. And the plan.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close_to, assert_same_bits, fenced
+from kernel_text import load, needs_emulator
 
 from n3kernels.nvfp4 import reference, reference_repack
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
+pytestmark = needs_emulator
 STREAM1, STREAM2, STREAM4, STREAM8, WIDE64, WIDE128, WIDE256, DENSE = range(8)  # nvfp4_linear_packed::Kernel
 TOKENS = {STREAM1: 8, STREAM2: 8, STREAM4: 16, STREAM8: 32, WIDE64: 64, WIDE128: 128, WIDE256: 256}
 
@@ -31,11 +26,8 @@ class Call(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    built, emulator = tmp_path_factory.mktemp("emulator") / "nvfp4_packed.so", ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "nvfp4_packed.cpp"), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
+def library():
+    return load("nvfp4_packed.cpp")
 
 
 def pointer(t):
