@@ -9,6 +9,7 @@
 #                  GPU_ARGS="--steps tests,bench --limit 540"
 #   make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make wheel     one wheel for every Python and torch in dist/; N3_CUDA=ON N3_CUDA_ARCHS="90a" puts CUDA into it
+#   make sdist     the source distribution in dist/, installed from without the network and checked
 #   make lint      ruff        make test-slow   the slow tests, the same library in another torch among them
 #   make clean
 #
@@ -47,7 +48,7 @@ else
 TORCH_SPEC := $(TORCH)
 endif
 
-.PHONY: demo test test-slow bench cuda gpu sanitize wheel lint build clean
+.PHONY: demo test test-slow bench cuda gpu sanitize wheel sdist lint build clean
 .DELETE_ON_ERROR:
 
 # ---- set-up
@@ -103,6 +104,9 @@ bench: build $(TEST_READY)
 
 wheel: $(TEST_READY)
 	$(PY) scripts/build_wheel.py dist
+
+sdist: $(TEST_READY)
+	$(PY) scripts/build_sdist.py dist
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .

@@ -1,7 +1,7 @@
 """What was measured when: one line per (commit, machine, group, provider) in results/<device>/history.jsonl.
 
     python -m n3kernels.benchmarks.history add out/bench.json       # a run's lines join the history
-    python -m n3kernels.benchmarks.history render --out out/report  # plots per operator, a roofline per device
+    python -m n3kernels.benchmarks.history render --out out/report  # a plot per operator
 
 A later run of the same commit on the same machine replaces its lines. Performance CI compares with the newest line of
 each benchmark on its kind of machine, so that no single recorded run has to hold them all.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
@@ -83,7 +83,7 @@ def newest(run: dict, results: Path = RESULTS) -> dict:
 
 
 def render(out: Path, results: Path = RESULTS) -> list[Path]:
-    """Writes <out>/<device>/<operator>.png, medians over commits, and <out>/<device>/roofline.png."""
+    """Writes <out>/<device>/<operator>.png: medians over commits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,12 +105,6 @@ def render(out: Path, results: Path = RESULTS) -> list[Path]:
             made.append(target / f"{report.slug(name)}.png")
             figure.savefig(made[-1], dpi=90)
             plt.close(figure)
-        figure, axes = plt.subplots(figsize=(10, 7), layout="constrained")
-        report.roofline(axes, _roofs(folder), _last_rows(found))
-        axes.set_title(folder.name, fontsize=10)
-        made.append(target / "roofline.png")
-        figure.savefig(made[-1], dpi=90)
-        plt.close(figure)
     return made
 
 
@@ -131,18 +125,6 @@ def _history(axes, found: Sequence[dict]) -> None:
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _roofs(folder: Path) -> dict:
-    """The limits in the newest run of the device that has any."""
-    runs = (report.machine(report.read(path)).get("roofs") for path in sorted(folder.glob("*.json"), reverse=True))
-    return next((found for found in runs if found), {})
-
-
-def _last_rows(found: Iterable[dict]) -> list[report.Row]:
-    last = {(line["machine"], line["group"], line["provider"]): line for line in found}
-    facts = ({k: line[k] for k in ("group", "provider", *FACTS)} for line in last.values())
-    return [row for row in (report.Row(**f) for f in facts) if row.flops and row.bytes]
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -151,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="add runs to the history of their devices")
     adding.add_argument("runs", nargs="+", type=Path)
-    rendering = commands.add_parser("render", help="plot the history of every operator and a roofline per device")
+    rendering = commands.add_parser("render", help="plot the history of every operator")
     rendering.add_argument("--out", type=Path, default=Path("out/report"))
     options = parser.parse_args(argv)
     if options.command == "add":

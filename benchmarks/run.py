@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import history, report
+from . import gallery, history, report
 
 __all__ = ["ISAS", "environment", "main"]
 
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare-history", action="store_true", help="the same against the newest recorded figures")
     parser.add_argument("--tolerance", type=float, default=0.1, help="relative slowdown that comparisons allow")
     parser.add_argument("--save", action="store_true", help="also keep the run under benchmarks/results/<device>/")
-    parser.add_argument("--report", action="store_true", help="measure nothing: plot the history into OUT/report")
+    parser.add_argument("--report", action="store_true", help="measure nothing: plot what is recorded into OUT/report")
     return parser.parse_args(argv)
 
 
@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks with these command-line options; returns the exit code."""
     options = parse(argv)
     if options.report:
-        return history.main(["render", "--out", str(options.out / "report")])
+        made = [*history.render(options.out / "report"), *gallery.render(options.out / "report")]
+        print(f"{len(made)} files in {options.out / 'report'}")
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     raw = (options.out / "bench.json").resolve()
     raw.unlink(missing_ok=True)

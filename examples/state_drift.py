@@ -2,6 +2,7 @@
 
     python examples/state_drift.py                  # 100 000 tokens, a few minutes on one core
     python examples/state_drift.py --steps 4096
+    python examples/state_drift.py --json benchmarks/results/state_drift.json    # for the plot in docs/gallery.md
 
 Decodes token by token on the CPU kernels, once for each way to store the state: `ssm_update` rounds it after every
 token, `ssm_replay_update` with a ring of 32 tokens once in 31. Beside them runs the recurrence in float64 on the same
@@ -13,6 +14,7 @@ convolution, and dt is log-normal; all are float32, so that nothing but the stat
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -113,15 +115,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000, help="tokens to decode")
     parser.add_argument("--window", type=int, default=512, help="the error is that of so many last tokens")
+    parser.add_argument("--json", type=Path, help="also measure at every power of two, and write all of it there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ends = sorted({min(4096, args.steps), args.steps})
+    shown = sorted({min(4096, args.steps), args.steps})
+    between = [1 << e for e in range(9, 20) if args.json and 1 << e < args.steps]
+    ends = sorted({*shown, *between})
     with use_backend("cpu"):
         table = drift(ends, args.window)
-    print("| state | " + " | ".join(f"after {end} tokens" for end in ends) + " |")
-    print("|---" * (1 + len(ends)) + "|")
+    if args.json:
+        from n3kernels.benchmarks import facts
+
+        facts.keep(args.json, {"memory": list(MEMORY), "window": args.window, "tokens": ends, "error": table})
+    print("| state | " + " | ".join(f"after {end} tokens" for end in shown) + " |")
+    print("|---" * (1 + len(shown)) + "|")
     for name, errors in table.items():
-        cells = [" / ".join(short(error) for error in heads) for heads in errors]
+        cells = [" / ".join(short(error) for error in errors[ends.index(end)]) for end in shown]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

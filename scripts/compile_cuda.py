@@ -6,8 +6,8 @@ CMake does the compiling, with the flags of CMakeLists.txt, into build/cuda; the
 build/cuda/lib. The table has one row per kernel: registers per thread for each architecture, static shared memory, and
 which instructions of interest were found. Exits with 1 if a kernel uses local memory (a spill, or an array that is
 indexed at run time), if a kernel named ``tensor_*`` has no tensor core instruction on some architecture, if one named
-``*_sm90``, ``*_sm100`` or ``*_sm120`` lacks an instruction it is written for, or if a kernel is missing from an
-architecture.
+``*_sm90``, ``*_sm100`` or ``*_sm120`` lacks an instruction it is written for, if a kernel is missing from an
+architecture, or if ptxas says that it serialised a kernel's wgmma instructions: each then waits for the one before.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -37,14 +38,47 @@ WRITTEN_FOR = {
 }  # fmt: skip
 
 
-def build(archs: str) -> None:
+# A message of ptxas that no flag turns into an error. Its code (C7510, C7511, C7515, ...) is that of the reason.
+SERIALIZED = re.compile(
+    r"wgmma\.mma_async instructions are serialized due to (?P<reason>.*) in the function '(?P<name>\w+)'"
+)
+COMPILING = re.compile(r"Building CUDA object (?P<object>\S+)")  # Ninja's line above what a file's compiler said
+
+
+def build(archs: str) -> list[str]:
+    """Compiles; returns the kernels whose wgmma instructions are serialised, with the reasons."""
     with mock.patch("setuptools.setup"):  # setup.py has the one list of CMake's inputs; only its functions are wanted
         setup = runpy.run_path(str(ROOT / "setup.py"))
     options = {**setup["cmake_options"](BUILD / "lib"), "N3_CUDA": "ON", "N3_CUDA_ARCHS": archs}
     flags = [f"-D{key}={value}" for key, value in options.items()]
     subprocess.check_call(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *flags], stdout=subprocess.DEVNULL)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    subprocess.check_call(["cmake", "--build", BUILD, "-j", jobs])
+    command = ["cmake", "--build", BUILD, "-j", jobs]
+    said: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return serialized(said, BUILD)
+
+
+def serialized(said: Iterable[str], folder: Path) -> list[str]:
+    """Kernels whose wgmma instructions ptxas serialised, from a build's output, with the reasons.
+
+    Their object files are deleted: ptxas would not say it again of what is not compiled again.
+    """
+    found, current = {}, None
+    for line in said:
+        if compiling := COMPILING.search(line):
+            current = folder / compiling["object"]
+        elif message := SERIALIZED.search(line):
+            found[message["name"]] = message["reason"]
+            if current:
+                current.unlink(missing_ok=True)
+    names = demangle(list(found))
+    return [f"{names[mangled]}: wgmma instructions are serialised: {reason}" for mangled, reason in found.items()]
 
 
 def tool(name: str) -> str:
@@ -148,7 +182,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="show only object files whose path contains this")
     parser.add_argument("--json", type=Path, help="write the facts to this file too")
     args = parser.parse_args()
-    build(args.archs)
+    slow = build(args.archs)
     archs = args.archs.split(";")
     objects = [p for p in sorted(BUILD.glob("CMakeFiles/n3_cuda.dir/csrc/*/*.cu.o")) if args.only in str(p)]
     if not objects:
@@ -159,7 +193,10 @@ def main() -> int:
     rows = {names[mangled]: by_arch for mangled, by_arch in facts.items()}
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    return 1 if report(rows, archs) else 0
+    failed = report(rows, archs)
+    for problem in slow:
+        print(f"FAILED: {problem}")
+    return 1 if failed or slow else 0
 
 
 if __name__ == "__main__":

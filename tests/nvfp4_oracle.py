@@ -41,7 +41,8 @@ def encode_scale(
     one = np.float32(1)
     if global_scale is not None:
         given = np.float32(global_scale)
-        return (one if given == 0 else np.minimum(one / given, FLT_MAX) or one), given, given * np.float32(normal)
+        s_enc = np.fmax(np.fmin(one / given, FLT_MAX), -FLT_MAX)  # NaN counts as FLT_MAX
+        return (one if given == 0 else s_enc or one), given, given * np.float32(normal)
     finite = np.abs(x[np.isfinite(x)])
     amax = finite.max() if finite.size else np.float32(0)
     s_enc = one if amax == 0 else np.minimum(np.float32(normal) / amax, FLT_MAX)

@@ -1,4 +1,4 @@
-"""Every Python block of README and docs runs, in order, in one namespace per page."""
+"""Every Python block of README and docs runs, in order, in one namespace per page; every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ def any_mixture_of_experts() -> torch.nn.Module:
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     return MixtralForCausalLM(config)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a forge gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}: no such heading"
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the blocks make CPU tensors")

@@ -87,7 +87,7 @@ struct Global {
 // From a given decode scale, or from the maximum of the tensor or row.
 N3_DEVICE Global global_scale(float from, bool given, bool four_over_six) {
   const float normal = four_over_six ? 1536.f : 2688.f;
-  float s_enc = fminf((given ? 1.f : normal) / from, FLT_MAX);
+  float s_enc = fmaxf(fminf((given ? 1.f : normal) / from, FLT_MAX), -FLT_MAX);
   if (from == 0.f || s_enc == 0.f) s_enc = 1.f;
   const float inv = 1.f / s_enc;
   return {s_enc, inv, given ? from : inv, given ? from * normal : from};

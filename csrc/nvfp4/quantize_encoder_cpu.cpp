@@ -25,7 +25,8 @@ Encoder::Encoder(const Params& p) : p_(p), globals_(p.globals) {
       continue;
     }
     const float given = p.global_scale[i];
-    globals_[i] = global_of(given == 0.f ? 1.f : std::fmin(1.f / given, FLT_MAX), given * normal);
+    const float s_enc = std::fmax(std::fmin(1.f / given, FLT_MAX), -FLT_MAX);  // a subnormal's inverse is infinite
+    globals_[i] = global_of(given == 0.f ? 1.f : s_enc, given * normal);
     p.global_out[i] = given;
   }
 }

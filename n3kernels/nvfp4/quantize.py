@@ -40,8 +40,9 @@ def quantize(
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16, K a multiple of 16; any strides: ``x.mT`` is read where it lies,
             which makes the column-wise copy that training needs.
-        global_scale: float32, 1 element (``per_row``: ``[...]``, one for each row): a decode scale to use instead;
-            ``S_enc = min(1 / global_scale, FLT_MAX)``, or 1 if it is 0. Read on the device and returned as it is.
+        global_scale: float32, 1 element (``per_row``: ``[...]``, one for each row): a decode scale to use instead, read
+            on the device and returned as it is; ``S_enc = 1 / global_scale`` limited to [-FLT_MAX, FLT_MAX], or 1 if
+            either is 0. A negative one makes the block scales negative; with NaN, S_enc is FLT_MAX.
         rounding: ``"nearest"``, or ``"stochastic"``: up with the probability of the distance from the lower code.
         four_over_six: per block the better of the scales that map its amax to 6 and to 4: ``e4m3(b)`` or
             ``e4m3(1.5 b)`` with ``b = block_amax / 6 * S_enc``. 2688 becomes 1536, so that ``1.5 b`` cannot saturate.

@@ -73,7 +73,7 @@ def _encode_scale(x: Tensor, given: Tensor | None, normal: float, per_row: bool)
     one = torch.ones(x.shape[0] if per_row else 1, device=x.device)
     if given is not None:
         given = given.reshape(one.shape)
-        s_enc = torch.where(given == 0, one, _at_most_max(one / given))
+        s_enc = torch.where(given == 0, one, _at_most_max(one / given).clamp(min=-FLT_MAX))
         return torch.where(s_enc == 0, one, s_enc), given.clone(), given * normal
     finite = torch.where(x.isfinite(), x.abs(), 0.0)
     if not per_row:

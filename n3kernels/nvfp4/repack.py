@@ -40,7 +40,7 @@ class PackedNVFP4(NamedTuple):
 
 
 def prepack(w: NVFP4Tensor) -> PackedNVFP4:
-    """Returns ``w`` with its codes and scales in the order of operand ``a`` of the matrix instructions of sm_80 and later.
+    """Returns ``w`` with codes and scales in the order of operand ``a`` of sm_80's and later matrix instructions.
 
     To be done once, when a checkpoint is loaded. Weights that change are packed anew: the canonical layout stays the
     source of truth, and `PackedNVFP4.unpack` gives it back, value for value.

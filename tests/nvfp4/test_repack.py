@@ -26,30 +26,35 @@ def any_bytes(n, k):
 
 # ---- bits, on the host: the functions that the kernels compile
 
-_host = pytest.importorskip("n3kernels._host", reason="_host was built for another Python")
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def test_a_word_s_bits_are_a_permutation():
+@pytest.fixture
+def host():
+    """Of these tests alone: a library from elsewhere has its operators in every Python."""
+    return pytest.importorskip("n3kernels._host", reason="_host was built for another Python")
+
+
+def test_a_word_s_bits_are_a_permutation(host):
     """Every bit of every code has a bit of the word of its own: with one bit set, all that comes out is that bit. The
     maps are linear in the bits, so that this holds for all 2^32 words."""
-    words = [_host.nvfp4_pack_codes([1 << bit if i == code else 0 for i in range(8)])
+    words = [host.nvfp4_pack_codes([1 << bit if i == code else 0 for i in range(8)])
              for code in range(8) for bit in range(4)]  # fmt: skip
     assert sorted(words) == [1 << bit for bit in range(32)]
     for word, other in zip(words, words[::-1], strict=True):
         for half in (False, True):
-            a, b, both = (np.array(_host.nvfp4_codes(w, half)) for w in (word, other, word | other))
+            a, b, both = (np.array(host.nvfp4_codes(w, half)) for w in (word, other, word | other))
             assert (both == a | b).all()
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_every_code_in_every_place(half):
+def test_every_code_in_every_place(host, half):
     """Registers hold the codes as bfloat16 times 2^-126, or float16 times 2^-14, and zeros elsewhere."""
     for place in range(8):
         for code in range(16):
             codes = [0] * 8
             codes[place] = code
-            halves = np.array(_host.nvfp4_codes(_host.nvfp4_pack_codes(codes), half), dtype=np.uint32).view(np.uint16)
+            halves = np.array(host.nvfp4_codes(host.nvfp4_pack_codes(codes), half), dtype=np.uint32).view(np.uint16)
             bits = torch.from_numpy(halves.astype(np.int32)).short()
             values = bits.view(torch.float16).double() * 2.0**14 if half else (
                 (bits.int() << 16).view(torch.float32).double() * 2.0**126
@@ -59,16 +64,16 @@ def test_every_code_in_every_place(half):
             assert_same_bits(values, want)
 
 
-def test_every_scale():
+def test_every_scale(host):
     """A byte is half a float16: 2^6 s is its 5 bits of exponent and 3 of mantissa, NaN has all bits set."""
     seen = set()
     for byte in range(256):
-        packed, value = _host.nvfp4_pack_scale(byte), _host.e4m3_to_float(byte & 0x7F)
+        packed, value = host.nvfp4_pack_scale(byte), host.e4m3_to_float(byte & 0x7F)
         as_half = np.array([packed << 7], dtype=np.uint16).view(np.float16)[0]
         if np.isnan(value):
-            assert packed == 0xFF and np.isnan(as_half) and _host.nvfp4_unpack_scale(packed) == 0x7F
+            assert packed == 0xFF and np.isnan(as_half) and host.nvfp4_unpack_scale(packed) == 0x7F
         else:
-            assert float(as_half) == 64 * float(value) and _host.nvfp4_unpack_scale(packed) == byte & 0x7F
+            assert float(as_half) == 64 * float(value) and host.nvfp4_unpack_scale(packed) == byte & 0x7F
         seen.add(packed)
     assert len(seen) == 128
 

@@ -28,8 +28,11 @@ def silu(v):
 
 @device_function
 def _log1p(u):
-    """log(1 + u) for 0 <= u <= 1, relative error below 2e-7: 2 atanh(u / (2 + u)), whose argument is at most 1/3."""
-    s = u / (2.0 + u)
+    """log(1 + u) for 0 <= u <= 1, relative error below 2e-7: 2 atanh(u / (2 + u)), whose argument is at most 1/3.
+
+    The division is rounded once. With ``/``, 2 units in the last place off in machine code, the error reaches 4.1e-7.
+    """
+    s = tl.div_rn(u, 2.0 + u)
     q = s * s
     p = 1.0 / 17
     p = tl.fma(p, q, 1.0 / 15)

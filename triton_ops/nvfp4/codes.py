@@ -30,7 +30,8 @@ _INFINITY = tl.constexpr(0x7F800000)  # its bits, above those of every finite ma
 def scale_of_given(given, NORMAL: tl.constexpr):
     """S_enc, and the amax that a given decode scale stands for."""
     s_enc = tl.div_rn(1.0, given)
-    s_enc = tl.where(given == 0.0, 1.0, tl.where(s_enc < FLT_MAX, s_enc, FLT_MAX))
+    s_enc = tl.where(s_enc < FLT_MAX, tl.where(s_enc > -FLT_MAX, s_enc, -FLT_MAX), FLT_MAX)
+    s_enc = tl.where(given == 0.0, 1.0, s_enc)
     return tl.where(s_enc == 0.0, 1.0, s_enc), given * NORMAL
 
 
