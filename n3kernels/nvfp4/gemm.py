@@ -24,8 +24,9 @@ def gemm(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, bias: Tensor | 
         bits, sums are float32; the global scales and the bias are applied in float32, and the result is rounded once.
         Relative L2 error against float64 at K = 2688 on the CPU: below 1e-6 in float32, 2.5e-3 in bfloat16; there
         a row's bits depend neither on the batch nor on the number of threads, and but for AMX, which has its own
-        order, products of 16 terms are added exactly. A NaN block scale spoils its row of the result, or its column. Block-scaled tensor cores (sm_100,
-        sm_120) take block scales as unsigned numbers; no quantiser makes a negative one.
+        order, products of 16 terms are added exactly. A NaN block scale spoils its row of the result, or its column.
+        Block-scaled tensor cores (sm_100, sm_120) take block scales as unsigned numbers; no quantiser makes a negative
+        one.
     Raises:
         RuntimeError: a shape, dtype or layout outside the above; the message names argument and values.
     Source: the block-scaled products of Blackwell's tensor cores (PTX ``mma.block_scale`` with ``kind::mxf4nvf4``).

@@ -1,8 +1,8 @@
 """The definition of nvfp4_repack in plain PyTorch: where each code and scale of NVFP4 weights lies in the blob.
 
 A tile is 16 rows by 64 k: 512 bytes of codes, then 64 of scales, in the order in which the tensor cores of sm_80 and
-later take 16 x 16 weights as operand a. Rows of tiles lie one after the other, each with 64 bytes behind its tiles of which the
-first 16 tell, a byte a row, whether a scale of the row is NaN. What lies outside the weights is zero.
+later take 16 x 16 weights as operand a. Rows of tiles lie one after the other, each with 64 bytes behind its tiles of
+which the first 16 tell, a byte a row, whether a scale of the row is NaN. What lies outside the weights is zero.
 """
 
 from __future__ import annotations
