@@ -12,7 +12,9 @@
 #include "mamba/mamba2_decode_plan.h"
 #include "mamba/ssd_scan_plan.h"
 #include "mamba/ssm_update_plan.h"
+#include "moe/experts_nvfp4_plan.h"
 #include "moe/experts_plan.h"
+#include "moe/latent_plan.h"
 #include "nvfp4/linear_plan.h"
 #include "nvfp4/linear_packed_plan.h"
 #include "nvfp4/quantize_plan.h"
@@ -200,4 +202,42 @@ PYBIND11_MODULE(_host, m) {
           }
           return items;
         });
+  // The same with NVFP4 weights: (shared memory, stages); where k of a unit stands in operand b; the registers of eight
+  // codes; (what half a scale is multiplied by, as bfloat16 bits, and what sums are, after 2^8).
+  namespace nvfp4_experts = n3::moe_experts::sm90::nvfp4;
+  m.def("moe_experts_nvfp4_plan", [](int64_t t, int64_t k, int64_t e, int64_t width, int64_t inner, int64_t sms) {
+    const experts::Plan p = nvfp4_experts::plan(t, k, e, width, inner, sms);
+    return py::make_tuple(p.shared, p.stages);
+  });
+  m.def("moe_experts_nvfp4_position", &nvfp4_experts::position_of);
+  m.def("moe_experts_nvfp4_codes", [](uint32_t w) {
+    return py::make_tuple(nvfp4_experts::codes_bf16<0>(w), nvfp4_experts::codes_bf16<1>(w),
+                          nvfp4_experts::codes_bf16<2>(w), nvfp4_experts::codes_bf16<3>(w));
+  });
+  m.def("moe_experts_nvfp4_global", [](float global) {
+    const nvfp4_experts::Global g = nvfp4_experts::global_of(global);
+    return py::make_tuple(g.factor, g.rest);
+  });
+
+  // latent_moe_front and latent_moe_tail on sm_90: (tokens and rows of a tile, shared memory, stages, blocks of a
+  // cluster, [(tiles, steps, parts)]), and per block (section, tile, tile of tokens, first step, step behind the last).
+  namespace latent = n3::latent_moe::sm90;
+  const auto described = [](const latent::Plan& p) {
+    py::list sections, places;
+    for (const latent::Section& s : p.work.sections) sections.append(py::make_tuple(s.tiles, s.steps, s.parts));
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      const latent::Place at = latent::place_of(p.work, block);
+      const latent::Range steps = latent::steps_of(p.work.sections[at.section], at.part);
+      places.append(py::make_tuple(at.section, at.tile, at.token_tile, steps.begin, steps.end));
+    }
+    return py::make_tuple(py::make_tuple(p.tokens, p.rows, p.shared, p.stages, p.work.cluster, sections), places);
+  };
+  m.def("latent_front_plan", [described](int64_t tokens, int64_t width, int64_t experts, int64_t latent_width,
+                                         int64_t inner, bool wide_router, bool invariant) {
+    return described(latent::front_plan(tokens, width, experts, latent_width, inner, wide_router, invariant));
+  });
+  m.def("latent_tail_plan", [described](int64_t tokens, int64_t width, int64_t latent_width, int64_t inner,
+                                        bool invariant) {
+    return described(latent::tail_plan(tokens, width, latent_width, inner, invariant));
+  });
 }

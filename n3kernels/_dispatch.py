@@ -24,6 +24,7 @@ import importlib.util
 import inspect
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -193,11 +194,11 @@ def backends_of(op: Op, device: str, arch: str, args: tuple = (), kwargs: dict |
     return [b for b in ORDER[device] if not why_not(op, b, device, arch, args, kwargs) and not unproven(op, b, arch)]
 
 
-def serving(name: str, *args: Any) -> str | None:
+def serving(name: str, *args: Any, **kwargs: Any) -> str | None:
     """The backend that runs this call; None where it would raise. The short form of `explain`."""
     op, device = OPS[name], args[0].device.type
-    able = [_force] if _force and not op.composite else backends_of(op, device, _arch[device], args)
-    return next((b for b in able if not why_not(op, b, device, _arch[device], args)), None)
+    able = [_force] if _force and not op.composite else backends_of(op, device, _arch[device], args, kwargs)
+    return next((b for b in able if not why_not(op, b, device, _arch[device], args, kwargs)), None)
 
 
 @dataclass
@@ -394,13 +395,25 @@ def _cuda_is_up() -> None:
     refresh()
 
 
+def _is_command_line() -> bool:
+    """``n3kernels ...`` or ``python -m n3kernels ...``, where wrong input ends with one line: this package is imported
+    before the command line's own code could say it."""
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1 :][:1] if "-m" in words else []
+    return module == ["n3kernels"] or Path(sys.argv[0]).name == "n3kernels"
+
+
 def start(library: Path) -> None:
     """Called once, after every family has registered: applies N3_BACKEND and waits for CUDA."""
     global _force, _library
     _library = ctypes.CDLL(str(library))  # loaded already: this is a second handle to it
     forced = os.environ.get("N3_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
-        raise ValueError(f"N3_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
+        message = f"N3_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}"
+        if _is_command_line():
+            print(f"n3kernels: {message}", file=sys.stderr)
+            sys.exit(2)
+        raise ValueError(message)
     _force = forced
     refresh()
     torch.cuda._lazy_call(_cuda_is_up)

@@ -319,6 +319,14 @@ def test_n3_backend_must_be_known():
     assert run.returncode == 1 and run.stderr.splitlines()[-1] == want
 
 
+@pytest.mark.parametrize("arguments", [["-m", "n3kernels", "doctor"], ["-I", "-m", "n3kernels", "--version"]])
+def test_n3_backend_unknown_on_the_command_line(arguments):
+    """One line and exit code 2, as for every wrong input there."""
+    run = subprocess.run([sys.executable, *arguments], env={**os.environ, "N3_BACKEND": "gpu"}, capture_output=True)
+    want = b"n3kernels: N3_BACKEND must be one of reference, cpu, triton, cuda, got 'gpu'\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, b"", want)
+
+
 def test_batch_invariant_nests_and_restores():
     before = _dispatch._batch_invariant
     with n3kernels.batch_invariant():

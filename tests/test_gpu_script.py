@@ -41,6 +41,8 @@ def test_plan():
     assert [step.name for step in plan("--steps bench")] == ["bench: bench_linear", "bench: bench_quantize"]
     assert all("--prove" in step.command for step in plan("--steps tests"))
     assert {step.seconds for step in plan("--steps tests --seconds tests=40")} == {40}
+    only = plan("--steps tests --only cuda")[0].command
+    assert only[-2:] == ("-k", "cuda") and "-k" not in plan("--steps tests")[0].command
 
 
 def test_a_missing_sanitizer_is_recorded():

@@ -184,6 +184,8 @@ N3_DEVICE void wait_for_previous() {
 N3_DEVICE void prefetch_bytes(const void* p, uint32_t bytes) {
 #if N3_FROM_SM90
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#elif !defined(__CUDACC__)
+  ::emulator::prefetch(p, bytes);
 #endif
 }
 

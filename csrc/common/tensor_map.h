@@ -18,7 +18,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* op) {
 }
 
 // A tensor of 16-bit elements, its sizes and strides in elements, innermost first and that one contiguous; `box` is
-// what one copy moves, in swizzled rows of 64 elements (128 bytes) or 16 (32 bytes). Of a dimension of size 1 the
+// what one copy moves, in swizzled rows of 64 elements (128 bytes), 32 or 16. Of a dimension of size 1 the
 // stride does not matter.
 inline CUtensorMap tensor_map(const char* op, ScalarType type, const void* data, const int64_t (&sizes)[4],
                               const int64_t (&strides)[3], const int (&box)[4]) {
@@ -30,7 +30,10 @@ inline CUtensorMap tensor_map(const char* op, ScalarType type, const void* data,
   const CUresult result = tensor_map_encoder(op)(
       &map, type == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
       const_cast<void*>(data), extent, step, piece, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      box[0] == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+      : box[0] == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                     : CU_TENSOR_MAP_SWIZZLE_32B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   N3_CHECK(op, result == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(result));
   return map;

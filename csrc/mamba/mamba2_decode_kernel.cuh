@@ -128,7 +128,7 @@ __global__ __launch_bounds__(kDecodeThreads, 2) void decode_kernel(const DecodeA
     }
     for (int64_t t = count == 0 ? -1 : 0; t < count || t < 0; ++t) {
       if (t >= 0) {
-        const float in = x[t * inner + at];
+        const float in = active ? x[t * inner + at] : 0.f;  // the last row's place is being written by its own lanes
         row.advance(decay[t * heads + h], dt[t * heads + h] * in, B + t * kWidth, shape, lane);
         const float sum = row.dot(C + t * kWidth, shape, lane);
         if (active && lane == 0) {

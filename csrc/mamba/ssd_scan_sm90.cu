@@ -73,8 +73,11 @@ sm90::Problem problem_of(const scan::Params& p, const sm90::Work& work) {
   return q;
 }
 
+// The attribute first: it gives a new thread the device's context, without which the driver may make no maps.
 template <typename T, typename Tile>
 void launch(const scan::Params& p, const sm90::Plan& plan, cudaStream_t stream) {
+  const auto kernel = sm90::tensor_scan_kernel_sm90<T, Tile>;
+  N3_CUDA_CHECK(scan::op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
   const int64_t tokens = p.cu_seqlens.data ? p.tokens : p.length, batch = p.cu_seqlens.data ? 1 : p.sequences;
   CUtensorMap x{}, b{}, c{};
   if (p.tokens) {  // else nobody loads
@@ -82,8 +85,6 @@ void launch(const scan::Params& p, const sm90::Plan& plan, cudaStream_t stream) 
     b = map_of(p.B, p.d_state, p.groups, tokens, batch, 64);
     c = map_of(p.C, p.d_state, p.groups, tokens, batch, 64);
   }
-  const auto kernel = sm90::tensor_scan_kernel_sm90<T, Tile>;
-  N3_CUDA_CHECK(scan::op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
   kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(x, b, c, problem_of(p, plan.work));
   N3_CUDA_CHECK(scan::op, cudaGetLastError());
 }

@@ -597,6 +597,8 @@ N3_DEVICE void scan_tiles(char* memory, const Stages& stages, const Problem& p, 
       hopper::pin(y);
 #pragma unroll
       for (int block = 0; block < Tile::kSubtiles; ++block) hopper::pin(s[block]);
+#pragma unroll
+      for (int k = 0; k < kTokens / 16; ++k) hopper::pin(m[k]);
       hopper::fence_products();
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {

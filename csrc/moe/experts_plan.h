@@ -108,7 +108,7 @@ N3_HD int32_t ranges_of(int64_t width, int64_t inner) {
 }
 
 N3_HD Range range_at(int32_t chunks, int32_t ranges, int32_t r) {
-  return {int32_t(int64_t(chunks) * r / ranges), int32_t(int64_t(chunks) * (r + 1) / ranges)};
+  return {chunks * r / ranges, chunks * (r + 1) / ranges};  // chunks of 64 and at most 10 ranges: below 2^31
 }
 
 // An item is a tile of an expert's tokens and one range; or all ranges, where a row for each would take more than

@@ -5,6 +5,7 @@
 
 #include "../common/tensor_map.h"
 #include "experts_cuda.h"
+#include "experts_nvfp4_sm90.h"
 #include "experts_sm90_kernel.cuh"
 
 namespace {
@@ -22,13 +23,12 @@ bool in_rows(const Tensor& w) {
   return fit;
 }
 
-// Why this kernel does not take a call, or null; decode_experts in n3kernels/moe/_supports.py asks first, in the same
+// Why these kernels do not take a call, or null; decode_experts in n3kernels/moe/_supports.py asks first, in the same
 // words.
-const char* unsupported(const moe::Params& p, const Tensor& x, const Tensor& w_up, const Tensor& w_down) {
+const char* unsupported(const moe::Params& p, const Tensor& x) {
   if (x.scalar_type() == ScalarType::Float) return "takes bfloat16 x, got float32: tensor cores would round it";
   if (x.scalar_type() == ScalarType::Half) return "takes bfloat16 x, got float16: relu2 may pass 65504";
-  if (!p.dense) return "takes dense weights";
-  if (p.activation != moe::Activation::kRelu2) return "takes relu2, not the gated activations";
+  if (!p.dense && p.activation != moe::Activation::kRelu2) return "takes relu2 with NVFP4 weights, not the gated ones";
   if (p.width < 8 || p.width % 8 || p.width > sm90::kMostWidth) {
     return "takes x of 8 to 3584 columns, a multiple of 8";
   }
@@ -36,9 +36,6 @@ const char* unsupported(const moe::Params& p, const Tensor& x, const Tensor& w_u
   if (p.experts > sm90::kMostExperts) return "takes up to 1024 experts";
   if (p.tokens * p.top_k > sm90::kMostSlots * p.experts) {
     return "takes up to 64 slots per expert on average: beyond, products and not memory bound the time";
-  }
-  if (!in_rows(w_up) || !in_rows(w_down)) {
-    return "takes weights whose rows are contiguous and begin at multiples of 16 bytes";
   }
   return nullptr;
 }
@@ -49,13 +46,42 @@ CUtensorMap map_of(const Tensor& w) {
                         {w.stride(1), w.stride(0), 0}, {64, 64, 1, 1});
 }
 
+Tensor run_dense(const moe::Params& p, const sm90::Plan& plan, const Tensor& x, const Tensor& w_up,
+                 const Tensor& w_down, const moe::Sorted& sorted, cudaStream_t stream) {
+  const Tensor tokens = n3::aligned(x), rows = torch::stable::new_empty(x, {plan.rows, p.width}, ScalarType::Float);
+  const sm90::Problem problem{plan.work,
+                              static_cast<const n3::device::BF16*>(tokens.const_data_ptr()),
+                              static_cast<const int32_t*>(sorted.order.const_data_ptr()),
+                              static_cast<const int32_t*>(sorted.offsets.const_data_ptr()),
+                              static_cast<float*>(rows.mutable_data_ptr()),
+                              int32_t(p.width),
+                              int32_t(p.inner),
+                              int32_t(p.top_k),
+                              p.activation == moe::Activation::kGelu};
+  const CUtensorMap up = map_of(w_up), down = map_of(w_down);
+  sm90::with_tile(plan.kernel, [&](auto* type) {
+    using Tile = std::remove_pointer_t<decltype(type)>;
+    const auto kernel = p.activation == moe::Activation::kRelu2 ? sm90::tensor_experts_kernel_sm90<Tile, false>
+                                                                : sm90::tensor_experts_kernel_sm90<Tile, true>;
+    N3_CUDA_CHECK(moe::op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
+    kernel<<<uint32_t(plan.blocks), sm90::kThreads, plan.shared, stream>>>(up, down, problem);
+    N3_CUDA_CHECK(moe::op, cudaGetLastError());
+  });
+  return rows;
+}
+
 Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, const Tensor& ids, const Tensor& weights,
                    const OptionalTensor& up_scale, const OptionalTensor& up_global, const OptionalTensor& down_scale,
                    const OptionalTensor& down_global, const OptionalTensor& valid_tokens, const std::string& activation,
                    int64_t first_expert) {
   const moe::Params p = moe::check(x, w_up, w_down, ids, weights, up_scale, up_global, down_scale, down_global,
                                    valid_tokens, activation, first_expert);
-  const char* reason = unsupported(p, x, w_up, w_down);
+  const char* reason = unsupported(p, x);
+  if (!reason && p.dense && (!in_rows(w_up) || !in_rows(w_down))) {
+    reason = "takes weights whose rows are contiguous and begin at multiples of 16 bytes";
+  } else if (!reason && !p.dense) {
+    reason = sm90::nvfp4::unsupported({w_up, *up_scale, *up_global}, {w_down, *down_scale, *down_global});
+  }
   N3_CHECK(moe::op, !reason, "the CUDA kernel ", reason);
   const n3::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = n3::current_stream(moe::op, x);
@@ -64,25 +90,13 @@ Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, co
 
   int sms;
   N3_CUDA_CHECK(moe::op, cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  const sm90::Plan plan = sm90::plan(p.tokens, p.top_k, p.experts, p.width, p.inner, sms);
-  const Tensor tokens = n3::aligned(x), gains = torch::stable::contiguous(weights);
+  const auto choose = p.dense ? sm90::plan : sm90::nvfp4::plan;
+  const sm90::Plan plan = choose(p.tokens, p.top_k, p.experts, p.width, p.inner, sms);
+  const Tensor gains = torch::stable::contiguous(weights);
   const moe::Sorted sorted = moe::sort_slots(p, ids, valid_tokens, stream);
-  const Tensor rows = torch::stable::new_empty(x, {plan.rows, p.width}, ScalarType::Float);
-  const sm90::Problem problem{plan.work,
-                              static_cast<const n3::device::BF16*>(tokens.const_data_ptr()),
-                              static_cast<const int32_t*>(sorted.order.const_data_ptr()),
-                              static_cast<const int32_t*>(sorted.offsets.const_data_ptr()),
-                              static_cast<float*>(rows.mutable_data_ptr()),
-                              int32_t(p.width),
-                              int32_t(p.top_k)};
-  const CUtensorMap up = map_of(w_up), down = map_of(w_down);
-  sm90::with_tile(plan.kernel, [&](auto* type) {
-    using Tile = std::remove_pointer_t<decltype(type)>;
-    const auto kernel = sm90::tensor_experts_kernel_sm90<Tile>;
-    N3_CUDA_CHECK(moe::op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
-    kernel<<<uint32_t(plan.blocks), sm90::kThreads, plan.shared, stream>>>(up, down, problem);
-    N3_CUDA_CHECK(moe::op, cudaGetLastError());
-  });
+  const Tensor rows = p.dense ? run_dense(p, plan, x, w_up, w_down, sorted, stream)
+                              : sm90::nvfp4::run(p, plan, x, {w_up, *up_scale, *up_global},
+                                                 {w_down, *down_scale, *down_global}, sorted, stream);
   moe::combine(p, rows, sm90::rows_per_slot(plan.work), gains, sorted.ids, y, stream);
   return y;
 }

@@ -2,8 +2,8 @@
 // in one pass, the intermediate in shared memory, the outputs in registers.
 //
 // Per item, the tokens n of one expert and a range of the inner size, in steps of two chunks of 64 (one per warpgroup):
-//   H[128, n] = W_up[chunks, :] X^T                 each warpgroup its 64 rows, float32
-//   A[128, n] = relu(H)^2                           rounded to bfloat16, through shared memory to both warpgroups
+//   H[128, n] = W_up[chunks, :] X^T                 each warpgroup its 64 rows, float32; of a gate G the same, before
+//   A[128, n] = relu(H)^2, or act(G) H              rounded to bfloat16, through shared memory to both warpgroups
 //   Y[width, n] += W_down[:, chunks] A              each warpgroup every second 64 rows, in registers, float32
 // Weights are operand a and tokens operand b: a tile of tokens has 8 to 32 places instead of 64. Each weight is read
 // once. Places without a token hold whatever was there: columns of a product do not mix, and these are not stored.
@@ -21,7 +21,8 @@ struct Problem {
   const int32_t* order;    // slots by expert
   const int32_t* offsets;  // [experts + 1]
   float* rows;             // [slots, rows_per_slot, width]
-  int32_t width, top_k;
+  int32_t width, inner, top_k;
+  bool gelu;               // of the gated activations, not SiLU
 };
 
 // Of a stage of weights: that it has landed, and that nobody reads it any more; the same of the inputs.
@@ -32,7 +33,7 @@ struct Barriers {
 // ---------------------------------------------------------------- the warpgroup that loads
 
 // Weights, in the order in which they are used. By one thread.
-template <typename Tile>
+template <typename Tile, bool kGated>
 N3_DEVICE void load_weights(char* memory, const Barriers& b, const Problem& p, const int32_t* before, int32_t items,
                             const hopper::TensorMap* up_map, const hopper::TensorMap* down_map) {
   using S = Shared<Tile>;
@@ -49,11 +50,13 @@ N3_DEVICE void load_weights(char* memory, const Barriers& b, const Problem& p, c
       const Range range = range_at(p.work.chunks, p.work.ranges, r);
       for (int32_t chunk = range.begin; chunk < range.end; chunk += 2) {
         const int halves = chunk + 1 < range.end ? 2 : 1;
-        for (int k = 0; k < blocks; ++k, at.next()) {
-          char* to = stage(halves * S::kHalf);
-          for (int h = 0; h < halves; ++h) {
-            hopper::load_tile(to + h * S::kHalf, up_map, b.landed + at.stage, 64 * k, (chunk + h) * kChunk, item.expert,
-                              0);
+        for (int32_t row = chunk * kChunk; row < (kGated ? 2 : 1) * p.inner; row += p.inner) {
+          for (int k = 0; k < blocks; ++k, at.next()) {
+            char* to = stage(halves * S::kHalf);
+            for (int h = 0; h < halves; ++h) {
+              hopper::load_tile(to + h * S::kHalf, up_map, b.landed + at.stage, 64 * k, row + h * kChunk, item.expert,
+                                0);
+            }
           }
         }
         for (int m = 0; m < Tile::kTiles; ++m) {
@@ -165,13 +168,20 @@ N3_DEVICE void multiply_down(float (&y)[Tile::kTiles][Tile::kTokens / 2], const 
   release(b.empty + last);
 }
 
-// The activations of 64 rows of H, in rows of tokens: operand b of the second product.
-template <typename Tile>
-N3_DEVICE void publish(const float (&h)[Tile::kTokens / 2], char* to) {
+// The activations of the first `rows` of 64 rows of H, and zeros behind, in rows of tokens: operand b of the second
+// product.
+template <typename Tile, bool kGated>
+N3_DEVICE void publish(const float (&gate)[Tile::kTokens / 2], const float (&h)[Tile::kTokens / 2], char* to, int rows,
+                       bool gelu) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4, token = lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < Tile::kTokens / 2; i += 2) {
-    const uint32_t pair = device::pack<device::BF16>(relu2(h[i]), relu2(h[i + 1]));
+    const bool inside = row + i / 2 % 2 * 8 < rows;
+    const auto activated = [&](int e) {
+      if constexpr (kGated) return inside ? gated(gate[i + e], h[i + e], gelu) : 0.f;
+      return inside ? relu2(h[i + e]) : 0.f;
+    };
+    const uint32_t pair = device::pack<device::BF16>(activated(0), activated(1));
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int at = swizzled((i / 4 * 8 + token + e) * 128 + (row + i / 2 % 2 * 8) * 2);
@@ -208,7 +218,7 @@ N3_DEVICE void store_outputs(const Problem& p, const float (&y)[Tile::kTiles][Ti
   }
 }
 
-template <typename Tile>
+template <typename Tile, bool kGated>
 N3_DEVICE void compute(char* memory, const Barriers& b, const Problem& p, const int32_t* before, int32_t items,
                        int which) {
   using S = Shared<Tile>;
@@ -230,10 +240,14 @@ N3_DEVICE void compute(char* memory, const Barriers& b, const Problem& p, const 
       }
       for (int32_t chunk = range.begin; chunk < range.end; chunk += 2, slot ^= 1) {
         const bool both = chunk + 1 < range.end, works = which == 0 || both;
-        float h[Tile::kTokens / 2];
+        float gate[Tile::kTokens / 2], h[Tile::kTokens / 2];
+        if constexpr (kGated) multiply_up<Tile>(gate, memory, b, at, blocks, which, works);
         multiply_up<Tile>(h, memory, b, at, blocks, which, works);
         if (r + 1 == item.last_range && chunk + 2 >= range.end) release(b.inputs_empty);
-        if (works) publish<Tile>(h, memory + S::hidden_at(slot, which));
+        if (works) {
+          const int rows = p.inner - (chunk + which) * kChunk;
+          publish<Tile, kGated>(gate, h, memory + S::hidden_at(slot, which), rows, p.gelu);
+        }
         hopper::fence_async();
         hopper::sync_threads<256>(1);  // and nobody reads the other slot any more
         const char* hidden = memory + S::hidden_at(slot, 0);
@@ -248,7 +262,7 @@ N3_DEVICE void compute(char* memory, const Barriers& b, const Problem& p, const 
 //   grid  plan().blocks, at most one per multiprocessor     block  kThreads: two warpgroups that compute, one whose
 //   warp 0 loads weights and whose warps 1 .. 3 load inputs     smem  Shared<Tile>, dynamic
 // 232 and 40 registers per thread are 504 for three threads, what 168 at the launch give.
-template <typename Tile>
+template <typename Tile, bool kGated>
 __global__ __launch_bounds__(kThreads, 1) void tensor_experts_kernel_sm90(
     const __grid_constant__ hopper::TensorMap up_map, const __grid_constant__ hopper::TensorMap down_map,
     const __grid_constant__ Problem p) {
@@ -278,11 +292,11 @@ __global__ __launch_bounds__(kThreads, 1) void tensor_experts_kernel_sm90(
     if (warp > 0) {
       load_inputs<Tile>(memory, b, p, before, items, warp - 1);
     } else if (threadIdx.x % 32 == 0) {
-      load_weights<Tile>(memory, b, p, before, items, &up_map, &down_map);
+      load_weights<Tile, kGated>(memory, b, p, before, items, &up_map, &down_map);
     }
   } else {
     hopper::take_registers<232>();
-    compute<Tile>(memory, b, p, before, items, group);
+    compute<Tile, kGated>(memory, b, p, before, items, group);
   }
 }
 

@@ -38,11 +38,15 @@ const char* unsupported(const grouped::Params& p, const Tensor& x, const Tensor&
   return nullptr;
 }
 
+// The attribute first: it gives a new thread the device's context, without which the driver may make no map.
 template <typename T>
-void launch(const sm90::Problem& problem, const CUtensorMap& map, int64_t blocks, cudaStream_t stream) {
+void launch(const sm90::Problem& problem, const Tensor& w, int64_t blocks, cudaStream_t stream) {
   const auto kernel = sm90::tensor_grouped_kernel_sm90<T>;
   N3_CUDA_CHECK(grouped::op,
                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sm90::Shared::kBytes));
+  const CUtensorMap map = n3::tensor_map(grouped::op, w.scalar_type(), w.const_data_ptr(),
+                                         {w.size(2), w.size(1), w.size(0), 1}, {w.stride(1), w.stride(0), 0},
+                                         {64, 64, 1, 1});
   kernel<<<uint32_t(blocks), sm90::items::kThreads, sm90::Shared::kBytes, stream>>>(map, problem);
   N3_CUDA_CHECK(grouped::op, cudaGetLastError());
 }
@@ -76,11 +80,9 @@ Tensor grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, c
                               int32_t(p.n),
                               int32_t(p.k),
                               p.activation == grouped::Activation::kRelu2};
-  const CUtensorMap map = n3::tensor_map(grouped::op, x.scalar_type(), w.const_data_ptr(),
-                                         {p.k, p.n, p.groups, 1}, {w.stride(1), w.stride(0), 0}, {64, 64, 1, 1});
   const cudaStream_t stream = n3::current_stream(grouped::op, x);
-  x.scalar_type() == ScalarType::Half ? launch<n3::device::F16>(problem, map, plan.blocks, stream)
-                                      : launch<n3::device::BF16>(problem, map, plan.blocks, stream);
+  x.scalar_type() == ScalarType::Half ? launch<n3::device::F16>(problem, w, plan.blocks, stream)
+                                      : launch<n3::device::BF16>(problem, w, plan.blocks, stream);
   return y;
 }
 

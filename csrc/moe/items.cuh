@@ -64,4 +64,10 @@ N3_DEVICE float relu2(float v) {
   return positive * positive;
 }
 
+// act(gate) * h with SiLU or the exact GELU; NaN stays.
+N3_DEVICE float gated(float gate, float h, bool gelu) {
+  const float act = gelu ? 0.5f * gate * (1.f + erff(gate * 0.70710678118654752f)) : gate / (1.f + __expf(-gate));
+  return act * h;
+}
+
 }  // namespace n3::moe_experts::sm90

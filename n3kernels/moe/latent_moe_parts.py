@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference, reference_layer
-from ._supports import not_float64
+from ._supports import latent_front, latent_tail, not_float64
 
 __all__ = ["latent_moe_front", "latent_moe_tail"]
 
@@ -118,7 +118,6 @@ def _fake_tail(y, fc2, shared, shared_down, residual=None):
     return y.new_empty((y.shape[0], shared_down.shape[0]))
 
 
-_LATER = "not written yet"
 _ON_CPU = "torch's products serve the layer on the CPU; this operator is there to save a GPU launches"
 _dispatch.register(
     "latent_moe_front",
@@ -126,8 +125,8 @@ _dispatch.register(
     fake=_fake_front,
     reference=reference_layer.latent_moe_front,
     triton="n3kernels.triton_ops.moe.layer:latent_moe_front",
-    supports={"triton": not_float64, "cuda": not_float64},
-    missing={"cpu": _ON_CPU, "cuda": _LATER},
+    supports={"triton": not_float64, "cuda": latent_front},
+    missing={"cpu": _ON_CPU},
 )
 _dispatch.register(
     "latent_moe_tail",
@@ -135,6 +134,6 @@ _dispatch.register(
     fake=_fake_tail,
     reference=reference_layer.latent_moe_tail,
     triton="n3kernels.triton_ops.moe.layer:latent_moe_tail",
-    supports={"triton": not_float64, "cuda": not_float64},
-    missing={"cpu": _ON_CPU, "cuda": _LATER},
+    supports={"triton": not_float64, "cuda": latent_tail},
+    missing={"cpu": _ON_CPU},
 )

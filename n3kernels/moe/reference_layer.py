@@ -61,8 +61,8 @@ def latent_moe(
 
 def _front(tokens, router_weight, fc1, shared_up, block_scale, global_scale, activation):
     """Logits, the experts' inputs and the shared expert's inner values: by one kernel where there is one."""
-    if block_scale is None and _one_kernel("latent_moe_front", tokens, router_weight, fc1, shared_up):
-        args = tokens, router_weight, fc1, shared_up
+    args = tokens, router_weight, fc1, shared_up
+    if block_scale is None and _one_kernel("latent_moe_front", *args, activation=activation):
         logits, z, shared = torch.ops.n3.latent_moe_front(*args, activation=activation)
         return logits, tokens if fc1 is None else z, shared
     wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -82,12 +82,12 @@ def _tail(y, fc2, shared, shared_down, block_scale, global_scale):
     return routed + _linear(shared, shared_down, block_scale, global_scale)
 
 
-def _one_kernel(op: str, *args: Tensor | None) -> bool:
+def _one_kernel(op: str, *args: Tensor | None, **options: str) -> bool:
     """Whether a kernel computes these products together; none has gradients."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         return False
     known = args[0].device.type in _dispatch._arch  # not "meta", and not a fake GPU where there is none
-    return known and _dispatch.serving(op, *args) not in (None, "reference")
+    return known and _dispatch.serving(op, *args, **options) not in (None, "reference")
 
 
 def _linear(x: Tensor, w: Tensor, block_scale: Tensor | None, global_scale: Tensor | None) -> Tensor:

@@ -47,7 +47,7 @@ struct Products {
   std::deque<std::vector<std::function<void()>>> groups;
 };
 inline std::map<const void*, SharedBarrier> barriers;
-inline Named named[16];
+inline Named named[kMostBlocks][16];
 inline std::vector<Products> products;
 
 inline int swizzle(int address, int row_bytes) { return address ^ ((address >> 7 & (row_bytes / 16 - 1)) << 4); }
@@ -85,7 +85,7 @@ inline void wait(const void* p, uint32_t parity) {
 }
 
 inline void sync_named(int id, int threads) {
-  Named& n = named[id];
+  Named& n = named[cluster_rank()][id];
   const int generation = n.generation;
   if (++n.arrived == threads) {
     n.arrived = 0;
@@ -123,6 +123,17 @@ inline void load_tile(void* to, const TensorMap& map, const void* barrier, int c
   lazy_copies ? b.copies.push_back(copy) : copy();
 }
 
+// Where a test names tensors, prefetches lie in one of them.
+inline std::vector<std::pair<const char*, const char*>> prefetchable;
+
+inline void prefetch(const void* p, uint32_t bytes) {
+  if (uintptr_t(p) % 16 || bytes % 16) die("a prefetch is not aligned");
+  const char *begin = static_cast<const char*>(p), *end = begin + bytes;
+  bool inside = prefetchable.empty();
+  for (const auto& [first, behind] : prefetchable) inside = inside || (begin >= first && end <= behind);
+  if (!inside) die("a prefetch lies outside");
+}
+
 // ---- products
 
 struct ProductOperand {
@@ -140,7 +151,7 @@ inline uint16_t element(uint64_t descriptor, bool along_mn, int mn, int k) {
   const int at = along_mn ? start + mn / columns * next_block + mn % columns * 2 + k / 8 * next_rows + k % 8 * row_bytes
                           : start + mn / 8 * next_rows + mn % 8 * row_bytes + k * 2;
   uint16_t bits;
-  std::memcpy(&bits, shared_memory + swizzle(at, row_bytes), 2);
+  std::memcpy(&bits, own_shared_memory() + swizzle(at, row_bytes), 2);
   return bits;
 }
 
@@ -166,7 +177,7 @@ float to_float(uint16_t bits);
 // Products are exact in double; the sum of 16 and d rounds once. The device's sum differs in its last bits.
 template <typename T, int kN>
 void product(float (&d)[kN / 2], const ProductOperand& a, uint64_t b, bool b_along_mn, bool accumulate) {
-  const int thread = int(block.running->index) % 128, g = thread % 32 / 4, t = thread % 4;
+  const int thread = int(block.running->index % block.size) % 128, g = thread % 32 / 4, t = thread % 4;
   const auto run = [=, &d] {
     double left[2][16];
     for (int half = 0; half < 2; ++half) {
@@ -207,19 +218,30 @@ inline void wait_products(size_t pending) {
   }
 }
 
-// As launch(), each block with new barriers and with shared memory full of NaN.
+// Whether every other thread of this one's block has ended.
+inline bool last_of_block() {
+  const size_t first = cluster_rank() * block.size, own = block.running->index;
+  for (size_t i = first; i < first + block.size; ++i) {
+    if (i != own && block.threads[i].state != Thread::kDone) return false;
+  }
+  return true;
+}
+
+// As launch(), each block with new barriers and with shared memory full of NaN, as which it also ends: other blocks of
+// its cluster must not read it any more.
 inline void launch_hopper(int64_t blocks, int threads, bool reversed, const std::function<void()>& body,
                           int cluster = 1) {
-  products.resize(threads);
+  products.resize(size_t(threads) * cluster);
   launch(blocks, threads, reversed, [&] {
     if (!block.started) {
       block.started = true;
       barriers.clear();
       std::memset(shared_memory, 0xff, size_t(cluster) * kSharedBytes);
       for (Products& p : products) p = {};
-      for (Named& n : named) n = {};
+      for (auto& of_block : named) std::fill(std::begin(of_block), std::end(of_block), Named{});
     }
     body();
+    if (cluster > 1 && last_of_block()) std::memset(own_shared_memory(), 0xff, kSharedBytes);
   }, cluster);
 }
 

@@ -28,6 +28,7 @@ struct Call {
   float* rows;
   void* y;
   int64_t lazy, reversed, merged;  // lazy: 1 the products, 2 the copies as well; merged: as if rows were too many
+  int64_t activation;              // relu2, silu, gelu
 };
 
 emulator::TensorMap map_of(const void* w, int64_t inner, int64_t rows, int64_t experts, const int64_t (&strides)[2]) {
@@ -56,15 +57,18 @@ extern "C" int64_t emulate_moe_experts(const Call* call) {
   emulator::lazy_copies = c.lazy > 1;
   sm90::Plan plan = sm90::plan(c.tokens, c.top_k, c.experts, c.width, c.inner, c.multiprocessors);
   if (c.merged) plan.work.split = 0;
-  const emulator::TensorMap up = map_of(c.w_up, c.width, c.inner, c.experts, c.up_strides),
+  const emulator::TensorMap up = map_of(c.w_up, c.width, (c.activation ? 2 : 1) * c.inner, c.experts, c.up_strides),
                             down = map_of(c.w_down, c.inner, c.width, c.experts, c.down_strides);
+  const bool gated = c.activation > 0;
   const sm90::Problem p{plan.work, static_cast<const n3::device::BF16*>(c.x), c.order,
                         c.offsets, c.rows,
-                        int32_t(c.width), int32_t(c.top_k)};
+                        int32_t(c.width), int32_t(c.inner), int32_t(c.top_k), c.activation == 2};
   sm90::with_tile(plan.kernel, [&](auto* type) {
     using Tile = std::remove_pointer_t<decltype(type)>;
-    emulator::launch_hopper(plan.blocks, sm90::kThreads, c.reversed,
-                            [&] { sm90::tensor_experts_kernel_sm90<Tile>(up, down, p); });
+    emulator::launch_hopper(plan.blocks, sm90::kThreads, c.reversed, [&] {
+      gated ? sm90::tensor_experts_kernel_sm90<Tile, true>(up, down, p)
+            : sm90::tensor_experts_kernel_sm90<Tile, false>(up, down, p);
+    });
   });
   const moe::Combine combine{c.rows,
                              c.weights,

@@ -36,6 +36,11 @@ def all_serving(*names):
     return [b for b in backends_here(names) if all(b in backends_here([name]) for name in names)]
 
 
+def checking(*names):
+    """The backends that look at values, which a GPU's do not: there, a slot that does not exist ends the process."""
+    return [b for b in backends_here(names) if b in ("reference", "cpu") and DEVICE == "cpu"]
+
+
 def random_tree(rnd, batch, count):
     parents = [[rnd.randrange(-1, t) for t in range(count)] for _ in range(batch)]
     return torch.tensor(parents, dtype=torch.int32, device=DEVICE).view(batch, count)

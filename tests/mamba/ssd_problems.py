@@ -34,8 +34,11 @@ def operands(tokens, layout, dtype=torch.float32, variant=PLAIN):
     """All operands but the state, and the options: x, dt, B, C and z are column slices of one projection."""
     (heads, groups, head_dim, d_state), (skip, gated, biased, softplus, limits) = layout, variant
     widths = [heads * head_dim, heads * head_dim, groups * d_state, groups * d_state, heads]
-    zxbcdt = fenced(torch.randn(*tokens, sum(widths), device=DEVICE).to(dtype))
-    z, x, B, C, dt = zxbcdt.split(widths, -1)
+    columns = sum(widths)
+    if head_dim % 8 == d_state % 16 == 0:  # as in a model: rows that tensor cores take
+        columns += -columns % 8
+    zxbcdt = fenced(torch.randn(*tokens, columns, device=DEVICE).to(dtype))
+    z, x, B, C, dt = zxbcdt[..., : sum(widths)].split(widths, -1)
     D = {"none": None, "head": fenced(torch.randn(heads)), "channel": fenced(torch.randn(heads, head_dim))}[skip]
     call = {
         "x": x.unflatten(-1, (heads, head_dim)),

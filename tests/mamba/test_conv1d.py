@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, backends_here, fenced
+from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, fenced
 from hypothesis import strategies as st
-from properties import examples
+from properties import checking, examples
 
 from n3kernels import use_backend
 from n3kernels.mamba import causal_conv1d, causal_conv1d_slots, reference
@@ -365,7 +365,7 @@ def test_bad_packing(backend, cu_seqlens, message):
     assert message_of(causal_conv1d, call) == f"n3::causal_conv1d: {message}"
 
 
-@pytest.mark.parametrize("which", [b for b in backends_here(OPS) if b in ("reference", "cpu")])
+@pytest.mark.parametrize("which", checking(*OPS))
 def test_bad_values(which):
     """Where reading a value costs no synchronisation it is checked, and nothing is written."""
     cache = torch.ones(3, 6, 3, device=DEVICE)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, assert_invariant, assert_same_bits, backends_here
+from conftest import DEVICE, assert_invariant, assert_same_bits
 from hypothesis import strategies as st
 from mixer_problems import (
     BAD_MIXER,
@@ -18,7 +18,7 @@ from mixer_problems import (
     mixer,
     variants,
 )
-from properties import all_serving, examples, path_to, random_tree
+from properties import all_serving, checking, examples, path_to, random_tree
 from ssd_problems import PUBLISHED, dtypes, layouts
 
 from n3kernels import use_backend
@@ -338,7 +338,7 @@ def test_bad_calls(backend, change, message):
 
 
 @pytest.mark.parametrize("change, message", BAD_VALUES)
-@pytest.mark.parametrize("which", [b for b in backends_here(OPS) if b in ("reference", "cpu")])
+@pytest.mark.parametrize("which", checking(*OPS))
 def test_bad_values(which, change, message):
     """Where reading a value costs no synchronisation it is checked."""
     with use_backend(which):

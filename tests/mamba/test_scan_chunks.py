@@ -19,6 +19,11 @@ LAYOUT = (2, 1, 5, 7)  # heads, groups, head_dim, d_state
 LENGTHS = [64, 0, 130, 65, 1, 0]
 
 
+def layout_of(backend):
+    """Odd sizes, or those that tensor cores take."""
+    return (2, 1, 8, 16) if backend == "cuda" else LAYOUT
+
+
 def operands(*args):
     """Heads that still know the chunk before the last one: of the first tokens of 64 the others forget all."""
     call, options = fast_operands(*args)
@@ -64,7 +69,7 @@ def test_packed_sequences_of_several_chunks(backend, lengths, behind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.op("ssd_scan")
 def test_a_cut_at_a_multiple_of_64_changes_no_bits(backend, dtype):
-    call, options = operands((1, 150), LAYOUT, dtype)
+    call, options = operands((1, 150), layout_of(backend), dtype)
     y, final = ssd_scan(**call, **options)
     for cut in (64, 128):
         y_head, between = ssd_scan(**tokens_of(call, (slice(None), slice(0, cut))), **options)
@@ -73,19 +78,41 @@ def test_a_cut_at_a_multiple_of_64_changes_no_bits(backend, dtype):
         assert_invariant(backend, end, final)
 
 
+@pytest.mark.parametrize("layout", [(64, 8, 64, 128), (96, 8, 80, 128), (64, 8, 64, 96)], ids=str)
+@pytest.mark.op("ssd_scan")
+def test_heads_among_many_have_the_bits_of_heads_alone(backend, layout):
+    """More chunks than stages, more heads than multiprocessors: a block goes on to the next ones, two at a time."""
+    batch, length = 9, 330
+    if DEVICE == "cpu":
+        batch, length, layout = 2, 130, (4, 2, 8, 16)
+    heads, groups, *_ = layout
+    call, options = operands((batch, length), layout, torch.bfloat16)
+    initial = states(batch, layout)
+    y, final = ssd_scan(**call, initial_states=initial, **options)
+    for b, g in ((0, 0), (batch // 2, groups // 2), (batch - 1, groups - 1)):
+        h = slice(g * heads // groups, (g + 1) * heads // groups)
+        part = {name: call[name][b : b + 1, :, h] for name in ("x", "dt", "z")}
+        part |= {name: call[name][h] for name in ("A", "D", "dt_bias")}
+        part |= {name: call[name][b : b + 1, :, g : g + 1] for name in ("B", "C")}
+        y_one, final_one = ssd_scan(**part, initial_states=initial[b : b + 1, h], **options)
+        assert_invariant(backend, y[b : b + 1, :, h], y_one)
+        assert_invariant(backend, final[b : b + 1, h], final_one)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.op("ssd_scan.slots")
 def test_checkpoints_of_several_chunks(backend, dtype, packed):
     """At the first and last token of a chunk, in the middle, of a padding sequence and behind the last sequence."""
     lengths = LENGTHS if packed else [130, 130, 130]
-    call, options, _ = pack(3 if packed else 0, dtype, lengths=lengths)
+    layout = layout_of(backend)
+    call, options, _ = pack(3 if packed else 0, dtype, layout, lengths)
     begin, total, count = ends(lengths).tolist(), sum(lengths), len(lengths)
     tokens = [0, 63, begin[2] + 64, begin[2] + 127, begin[2] + 129, total - 1, total - 66]
     tokens += [total + 1] if packed else [131]
     slots = list(range(count + 2, count + 2 + len(tokens)))
     slots[1] = -1
-    state = states(count + 2 + len(tokens), LAYOUT)
+    state = states(count + 2 + len(tokens), layout)
     indices = torch.arange(1, count + 1, device=DEVICE)
     indices[-3] = -1
     has_initial = torch.tensor([True] + [False] * (count - 1), device=DEVICE)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, backends_here
+from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
+from properties import checking, examples
 from ssd_problems import (
     PLAIN,
     PUBLISHED,
@@ -514,7 +514,7 @@ def test_bad_gradients(backend, change, message):
     assert str(error.value) == f"n3::ssd_scan_bwd: {message}"
 
 
-@pytest.mark.parametrize("which", [b for b in backends_here(OPS) if b in ("reference", "cpu")])
+@pytest.mark.parametrize("which", checking(*OPS))
 def test_bad_values(which):
     """Where reading a value costs no synchronisation it is checked, and nothing is written."""
     state = torch.ones(3, 6, 4, 8)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, backends_here
+from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits
 from hypothesis import strategies as st
-from properties import examples, path_to, random_tree
+from properties import checking, examples, path_to, random_tree
 from ssd_problems import dtypes, layouts, magnitude, operands, recurrence, states
 
 from n3kernels import use_backend
@@ -254,7 +254,7 @@ def test_bad_calls(backend, change, message):
 
 
 @pytest.mark.parametrize("change, message", BAD_VALUES)
-@pytest.mark.parametrize("which", [b for b in backends_here(OPS) if b in ("reference", "cpu")])
+@pytest.mark.parametrize("which", checking(*OPS))
 def test_bad_values(which, change, message):
     """Where reading a value costs no synchronisation it is checked."""
     with use_backend(which):

@@ -29,9 +29,10 @@ def refusal(backend, form):
     refuses = _dispatch.OPS["moe_experts"].supports.get(backend)
     if refuses is None:
         return None
-    x, ids, gains = torch.zeros(1, 16), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)  # dtype and sizes are those that every kernel takes
+    ids, gains = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
     if form == "dense":
-        return refuses(x, torch.zeros(1, 16, 16), torch.zeros(1, 16, 16), ids, gains)
+        return refuses(x, x.new_zeros(1, 16, 16), x.new_zeros(1, 16, 16), ids, gains)
     q, scale = torch.zeros(1, 16, 8, dtype=torch.uint8), torch.zeros(1, 16, 1, dtype=torch.float8_e4m3fn)
     return refuses(x, q, q, ids, gains, scale, torch.zeros(1), scale, torch.zeros(1))
 

@@ -17,11 +17,13 @@ pytestmark = [
 
 EXPERTS = """
 import test_experts_cuda_kernels as t
-kernel = t.build(folder, sources)
+kernel = t.load("moe_experts.cpp", sources)
 for lazy in (0, 1, 2):
     for reverse in (False, True):
         call = t.problem(9, 3, 3, 256, 968)
         t.assert_right(t.run(kernel, call, lazy=lazy, reverse=reverse, sms=1), call)
+t.test_gated_activations(kernel, 136, 336, 1, "silu")
+t.test_what_lies_behind_infinity_is_zero(kernel, "silu")
 """
 GROUPED = """
 import test_grouped_cuda_kernel as t
@@ -31,8 +33,38 @@ for lazy in (0, 1, 2):
         call = t.problem(50, 190, [0, 3, 130, 0, 20], 328, 264, first=2)
         t.assert_right(t.run(kernel, *call, lazy=lazy, reverse=reverse, sms=1), *call)
 """
-ITEMS = "items.cuh"
-FILES = {"experts": ("experts_sm90_kernel.cuh", EXPERTS), "grouped": ("grouped_linear_sm90_kernel.cuh", GROUPED)}
+LATENT = """
+import test_latent_moe_cuda_kernels as t
+kernels = t.load("moe_latent.cpp", sources)
+for lazy in (0, 1, 2):
+    for reverse in (False, True):
+        for width, router in ((72, torch.float32), (8192, torch.float32), (8192, torch.bfloat16)):
+            args = t.front_problem(3, width, *((70, 24, 130) if width == 72 else (4, 8, 4)), router)
+            t.assert_front(t.front(kernels, *args, lazy=lazy, reverse=reverse), args)
+        for sizes in ((6, 130, 72, 328), (3, 16, 1032, 8000), (40, 130, 8, 72)):
+            args = t.tail_problem(*sizes)
+            t.assert_tail(t.tail(kernels, *args, lazy=lazy, reverse=reverse), args)
+t.test_float32_router_weights_are_not_narrowed(kernels)
+"""
+NVFP4 = """
+import test_experts_nvfp4_cuda_kernels as t
+kernel = t.load("moe_experts_nvfp4.cpp", sources)
+for lazy in (0, 1, 2):
+    for reverse in (False, True):
+        call = t.problem(9, 3, 3, 256, 976, pad=2, shift=1)
+        t.assert_right(t.run(kernel, call, lazy=lazy, reverse=reverse, sms=1), call)
+t.test_every_code_under_every_scale(kernel)
+t.test_a_scale_of_nan_shows_in_its_outputs_alone(kernel)
+t.test_what_lies_behind_infinity_is_zero(kernel)
+t.test_global_scales(kernel, 1e-36, 1e20, 1e37)
+"""
+ITEMS, LOADS = "items.cuh", "experts_nvfp4_sm90_loads.cuh"
+FILES = {
+    "experts": ("experts_sm90_kernel.cuh", EXPERTS),
+    "grouped": ("grouped_linear_sm90_kernel.cuh", GROUPED),
+    "latent": ("latent_sm90_kernel.cuh", LATENT),
+    "nvfp4": ("experts_nvfp4_sm90_kernel.cuh", NVFP4),
+}
 MISTAKES = {
     ("experts", "none"): (None, "", ""),
     ("experts", "activations without swizzle"): (None, "const int at = swizzled(", "const int at = ("),
@@ -53,6 +85,10 @@ MISTAKES = {
     ("experts", "products not waited for"): (None, "  hopper::wait_products<0>();\n  hopper::pin(h);", ""),
     ("experts", "inputs never released"): (None, "release(b.inputs_empty);", "(void)0;"),
     ("experts", "one row for all ranges"): (None, "(p.work.split ? range : 0)", "0"),
+    ("experts", "the gate is the other half"): (None, "gated(gate[i + e], h[i + e], gelu)",
+                                                "gated(h[i + e], gate[i + e], gelu)"),
+    ("experts", "rows behind the gate's count"): (None, "const bool inside = row + i / 2 % 2 * 8 < rows;",
+                                                  "const bool inside = true;"),
     ("grouped", "none"): (None, "", ""),
     ("grouped", "rows without swizzle"): (
         None, "to + items::swizzled(row * 128 + piece * 16)", "to + row * 128 + piece * 16"),
@@ -64,6 +100,57 @@ MISTAKES = {
     ("grouped", "a stage released early"): (None, "last = at.stage;", "last = (at.stage + 1) % kStages;"),
     ("grouped", "columns behind k are read"): (None, "const bool valid = inside && source >= 0;",
                                               "const bool valid = source >= 0;"),
+    ("latent", "none"): (None, "", ""),
+    ("latent", "weights without swizzle"): (None, "weights + swizzled(at)", "weights + at"),
+    ("latent", "a stage released early"): (None, "last = at.stage;", "last = (at.stage + 1) % Tile::kStages;"),
+    ("latent", "a step's stage kept"): (None, "    release(b.empty + at.stage);\n", ""),
+    ("latent", "products not waited for"): (None, "  hopper::wait_products<0>();\n  hopper::pin(sum);", ""),
+    ("latent", "a step's products not waited for"): (
+        None, "      hopper::commit_products();\n      hopper::wait_products<0>();\n      hopper::pin(part);",
+        "      hopper::commit_products();\n      hopper::pin(part);"),
+    ("latent", "sums over stages in use"): (None, "hopper::sync_threads<128 * Tile::kGroups>(1);", ""),
+    ("latent", "parts read early"): (None, "  hopper::sync_cluster();\n  if (busy)", "  if (busy)"),
+    ("latent", "parts read when their block is gone"): (
+        None, "  hopper::sync_cluster();  // a block's shared memory is there until all have read it\n", ""),
+    ("latent", "parts of another tile"): (None, "first = rank - place.part;", "first = 0;"),
+    ("latent", "tokens of float32 weights out of step"): (None, "(term.wide ? 32 : 64)", "64"),
+    ("latent", "two terms"): (None, "for (int t = 0; t < 3; ++t) {\n          Products",
+                              "for (int t = 0; t < 2; ++t) {\n          Products"),
+    ("latent", "infinite weights"): (None, "if ((bits & 0x7fffffffu) == 0x7f800000u) rest = 0.f;", ""),
+    ("latent", "rows behind the last copied to L2"): (None, " && row < m.rows;", ";"),
+    ("latent", "columns behind the last copied to L2"): (None, "left < most ? left : most", "most"),
+    ("latent", "a step of the shared expert too few"): ("latent_plan.h", "ceil_div(latent, 64) + ceil_div(inner, 64)",
+                                                       "ceil_div(latent + inner, 64)"),
+    ("latent", "parts overlap"): ("latent_plan.h", "(part + 1) / s.parts)", "(part + 1) / s.parts + 1)"),
+    ("nvfp4", "none"): (None, "", ""),
+    ("nvfp4", "scales taken from whole words"): (LOADS, "w[0]) >> 8 * skip[i])", "w[0]))"),
+    ("nvfp4", "scales behind a row count"): (
+        LOADS, "~uint64_t(0) >> (64 - 8 * unit.blocks)", "~uint64_t(0)"),
+    ("nvfp4", "one half's scales for both"): (LOADS, "const int row = i / 2 * 64 + i % 2;", "const int row = i % 2;"),
+    ("nvfp4", "scales not waited for"): (None, "hopper::init_barrier(b.landed + i, 2);",
+                                         "hopper::init_barrier(b.landed + i, 1);"),
+    ("nvfp4", "NaN is 480"): (LOADS, " | ((nan << 4) - (nan >> 5))", ""),
+    ("nvfp4", "one scale for two blocks"): (
+        None, "scale_pair<device::BF16, kWord / 2>(codes_bf16<kCode + 1>(odd)",
+        "scale_pair<device::BF16, 0>(codes_bf16<kCode + 1>(odd)"),
+    ("nvfp4", "codes without swizzle"): (
+        None, "swizzled_half(row * 64 + lane % 4 * 16)", "row * 64 + lane % 4 * 16"),
+    ("nvfp4", "odd rows like even ones"): (LOADS, "parity * pitch + unit.k / 4", "unit.k / 4"),
+    ("nvfp4", "inputs in another order"): (
+        LOADS, "const uint32_t second[2] = {i ? v[0].w : v[0].z, i ? v[1].w : v[1].z};",
+        "const uint32_t second[2] = {i ? v[0].z : v[0].w, i ? v[1].z : v[1].w};"),
+    ("nvfp4", "rows behind the inner size"): (None, "const bool inside = row < rows;", "const bool inside = true;"),
+    ("nvfp4", "a stage released before it is read"): (
+        None, "hopper::wait(b.landed + at.stage, at.parity);\n  const char* stage",
+        "hopper::wait(b.landed + at.stage, at.parity);\n  release(b.empty + at.stage);\n  const char* stage"),
+    ("nvfp4", "stages' parity stays"): (ITEMS, "parity ^= 1;", ""),
+    ("nvfp4", "one place of activations"): (None, "chunk += 2, slot ^= 1", "chunk += 2"),
+    ("nvfp4", "no barrier between the products"): (None, "hopper::sync_threads<256>(1);", ""),
+    ("nvfp4", "products not waited for"): (None, "  hopper::wait_products<0>();\n  hopper::pin(h);", ""),
+    ("nvfp4", "inputs never released"): (None, "release(b.inputs_empty);", "(void)0;"),
+    ("nvfp4", "inputs' parity stays"): (LOADS, "warp, index % 2)", "warp, 0)"),
+    ("nvfp4", "half of the global scale lost"): (
+        "experts_nvfp4_plan.h", "uint32_t(127 - fold) << 23", "uint32_t(127) << 23"),
 }  # fmt: skip
 
 

@@ -8,9 +8,6 @@ cores' products, 2 the copies of tiles as well.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import moe_problems
 import pytest
@@ -18,13 +15,11 @@ import torch
 from conftest import assert_same_bits, fenced
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_text import load, needs_emulator
 
 from n3kernels.moe import reference
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
+pytestmark = needs_emulator
 POINTERS = ("ids", "order", "offsets", "valid_tokens", "valid_ids", "weights", "rows", "y")
 
 
@@ -34,33 +29,26 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "w_up", "w_down")),
         *((name, ctypes.c_int64 * 2) for name in ("up_strides", "down_strides")),
         *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_int64) for name in ("lazy", "reversed", "merged")),
+        *((name, ctypes.c_int64) for name in ("lazy", "reversed", "merged", "activation")),
     ]
 
 
-def build(folder, sources=ROOT / "csrc"):
-    library, emulator = folder / "moe_experts.so", ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{sources}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "moe_experts.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.emulate_moe_experts.restype = ctypes.c_int64
-    return loaded
-
-
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulator"))
+def kernel():
+    return load("moe_experts.cpp")
 
 
-def run(kernel, problem, *, first_expert=0, valid_tokens=None, sms=3, lazy=2, reverse=False, merged=False):
+def run(kernel, problem, *, first_expert=0, valid_tokens=None, sms=3, lazy=2, reverse=False, merged=False,
+        activation="relu2"):  # fmt: skip
     """y, written between fences."""
     x, w_up, w_down, ids, weights = problem
-    (tokens, k), (experts, inner, width) = ids.shape, w_up.shape
+    (tokens, k), (experts, width, inner) = ids.shape, w_down.shape
     call = Call(
         tokens=tokens, top_k=k, experts=experts, width=width, inner=inner, first_expert=first_expert, sms=sms,
         x=x.data_ptr(), w_up=w_up.data_ptr(), w_down=w_down.data_ptr(),
         up_strides=(ctypes.c_int64 * 2)(*w_up.stride()[:2]), down_strides=(ctypes.c_int64 * 2)(*w_down.stride()[:2]),
         ids=ids.data_ptr(), weights=weights.data_ptr(), lazy=lazy, reversed=reverse, merged=merged,
+        activation=moe_problems.ACTIVATIONS.index(activation),
     )  # fmt: skip
     used = ids
     if valid_tokens is not None:
@@ -72,6 +60,7 @@ def run(kernel, problem, *, first_expert=0, valid_tokens=None, sms=3, lazy=2, re
     rows = torch.full((tokens * k * 10 * width + 1,), float("nan"))
     y = fenced(torch.full(x.shape, float("nan"), dtype=x.dtype))
     call.order, call.offsets, call.rows, call.y = (t.data_ptr() for t in (order, offsets, rows, y))
+    kernel.emulate_moe_experts.restype = ctypes.c_int64
     written = kernel.emulate_moe_experts(ctypes.byref(call)) * width
     assert rows[written:].isnan().all(), "rows written out of range"
     whole = y.as_strided((y.numel() + 128,), (1,), 0)
@@ -79,22 +68,24 @@ def run(kernel, problem, *, first_expert=0, valid_tokens=None, sms=3, lazy=2, re
     return y
 
 
-def problem(tokens, k, experts, width, inner, first=0):
+def problem(tokens, k, experts, width, inner, first=0, activation="relu2"):
     """Every tensor between NaN; the rows of the weights end in NaN too. ids reach past the experts on both sides."""
     x = fenced(torch.randn(tokens, width).bfloat16())
-    w_up = torch.full((experts, inner, width + 8), float("nan")).bfloat16()
+    rows = inner if activation == "relu2" else 2 * inner
+    w_up = torch.full((experts, rows, width + 8), float("nan")).bfloat16()
     w_down = torch.full((experts, width, inner + 16), float("nan")).bfloat16()
-    w_up[:, :, :width] = torch.randn(experts, inner, width) * width**-0.5
+    w_up[:, :, :width] = torch.randn(experts, rows, width) * width**-0.5
     w_down[:, :, :inner] = torch.randn(experts, width, inner) * inner**-0.5
     ids = torch.randint(max(first - 1, -1), first + experts + 1, (tokens, k), dtype=torch.int32)
     w_up, w_down = fenced(w_up)[:, :, :width], fenced(w_down)[:, :, :inner]
     return x, w_up, w_down, fenced(ids), fenced(torch.randn(tokens, k))
 
 
-def assert_right(y, call, first_expert=0, valid_tokens=None):
+def assert_right(y, call, first_expert=0, valid_tokens=None, activation="relu2"):
     x, w_up, w_down, ids, weights = call
     used = reference.valid_ids(ids, None if valid_tokens is None else torch.tensor(valid_tokens))
-    moe_problems.assert_right(y, *moe_problems.definition(x, w_up, w_down, used, weights, first_expert=first_expert))
+    truth = moe_problems.definition(x, w_up, w_down, used, weights, activation, first_expert)
+    moe_problems.assert_right(y, *truth)
 
 
 # width, inner: every template; widths and inner sizes that fill no tile, chunk or step; one to ten ranges
@@ -117,6 +108,23 @@ def test_large_templates(kernel, width, inner):
     y = run(kernel, call)
     assert_right(y, call)
     assert_same_bits(run(kernel, call, lazy=0, sms=50, reverse=True), y)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("width, inner, lazy", [(8, 8, 0), (136, 336, 1), (200, 456, 2), (2688, 80, 2)])
+def test_gated_activations(kernel, width, inner, lazy, activation):
+    call = problem(5, 2, 2, width, inner, activation=activation)
+    y = run(kernel, call, lazy=lazy, reverse=lazy == 1, sms=1 + 3 * lazy, activation=activation)
+    assert_right(y, call, activation=activation)
+
+
+@pytest.mark.parametrize("activation", moe_problems.ACTIVATIONS)
+def test_what_lies_behind_infinity_is_zero(kernel, activation):
+    """An inner size that ends in a chunk: rows of W_up that are not there give 0 for an infinite x, not 0 * inf."""
+    x, w_up, w_down, ids, weights = problem(2, 1, 1, 8, 8, activation=activation)
+    x[0], ids[:], weights[:], w_up[:], w_down[:] = float("inf"), 0, 1, 1, 1
+    y = run(kernel, (x, w_up, w_down, ids, weights), activation=activation)
+    assert (y[0] == float("inf")).all() and y[1].isfinite().all()
 
 
 @given(st.tuples(st.integers(0, 40), st.integers(1, 4), st.integers(1, 6), st.integers(1, 20).map(lambda n: 8 * n),

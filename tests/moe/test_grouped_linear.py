@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits
 from grouped_problems import INT, NAMES, assert_within, definition, inputs, problems
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_problems import DTYPES, checking, dense, fast, nvfp4, renamed, routing
 
@@ -17,12 +17,12 @@ OPS = ("grouped_linear",)
 
 def _without(backend, form):
     """Why the backend does not take such weights, or None."""
-    x, w, ends = torch.zeros(1, 16), torch.zeros(1, 2, 16), torch.zeros(2, dtype=torch.int32)
+    x, ends = torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)  # what every kernel takes
     refuses = _dispatch.OPS["grouped_linear"].supports.get(backend)
     if form == "nvfp4":
-        scales = torch.zeros(1, 2, 1, dtype=torch.float8_e4m3fn), torch.zeros(1)
-        return refuses and refuses(x, torch.zeros(1, 2, 8, dtype=torch.uint8), ends, None, None, *scales)
-    return refuses and refuses(x, w, ends)
+        scales = torch.zeros(1, 16, 1, dtype=torch.float8_e4m3fn), torch.zeros(1)
+        return refuses and refuses(x, torch.zeros(1, 16, 8, dtype=torch.uint8), ends, None, None, *scales)
+    return refuses and refuses(x, x.new_zeros(1, 16, 16), ends)
 
 
 @pytest.fixture(params=["dense", "nvfp4"])
@@ -39,6 +39,21 @@ def test_agrees_with_the_definition(backend, form, problem):
     y, truth = grouped_linear(**call), definition(**call)
     assert y.dtype == call["x"].dtype and y.is_contiguous()
     assert_close_to(y, truth, 2e-5)
+
+
+# the sizes that the kernels with tensor cores take: several tiles of rows, of outputs and of k
+in_eights = st.tuples(
+    st.integers(0, 40), st.integers(0, 300), st.integers(1, 4), st.integers(1, 20).map(lambda n: 8 * n),
+    st.integers(1, 40).map(lambda n: 8 * n), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from([None, "relu2"]), st.sampled_from([torch.float16, torch.bfloat16]),
+)  # fmt: skip
+
+
+@settings(max_examples=6)
+@given(in_eights)
+def test_agrees_with_the_definition_in_eights(backend, form, problem):
+    call = inputs(*problem, form)
+    assert_within(grouped_linear(**call), definition(**call))
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -197,9 +212,11 @@ def test_block_scales_of_another_layout(backend):
     assert_same_bits(grouped_linear(**{**call, "w": call["w"].to_layout("128x4")}), grouped_linear(**call))
 
 
-# rows, groups, width, outputs: Nano's up, Super's up and down, tensor-parallel shards, K3's down; experts are few
+# rows, groups, width, outputs: Nano's up, Super's up and down, tensor-parallel shards, K3's down; experts are few. The
+# last has more tiles than a GPU has multiprocessors.
 PUBLISHED = [(5, 2, 2688, 1856), (9, 3, 1024, 2688), (9, 3, 2688, 1024), (7, 4, 336, 1024), (7, 4, 464, 2688),
-             (7, 4, 232, 2688), (3, 2, 3072, 3584), (40, 512, 32, 16)]  # fmt: skip
+             (7, 4, 232, 2688), (3, 2, 3072, 3584), (40, 512, 32, 16),
+             (2000, 7, 64, 2688)]  # fmt: skip
 SMALL = [(9, 3, 336, 32), (9, 3, 464, 16), (9, 3, 32, 232), (3, 2, 16, 1856), (30, 512, 16, 16), (20, 896, 16, 8)]
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import DEVICE, backends_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from n3kernels import nvfp4, use_backend
+from n3kernels import _dispatch, nvfp4, use_backend
 from n3kernels.mamba import gated_rms_norm
 from n3kernels.moe import experts, latent_moe, route
 
@@ -291,6 +291,19 @@ def test_gradients_take_the_other_way(which, wants):
     with use_backend(which), torch.no_grad(), Calls() as calls:
         latent_moe(**args, **OPTIONS)
     assert {"n3::latent_moe_front", "n3::latent_moe_tail"} <= set(calls.names)
+
+
+def test_a_kernel_is_asked_for_the_activation_too(monkeypatch):
+    """One that takes relu2 alone does not stand in the way of silu."""
+
+    def relu2_alone(*args, activation="relu2"):
+        return None if activation == "relu2" else "takes relu2"
+
+    monkeypatch.setitem(_dispatch.OPS["latent_moe_front"].supports, "triton", relu2_alone)
+    for activation in ("relu2", "silu") if "triton" in FUSED else ():
+        with use_backend("triton"), Calls() as calls:
+            latent_moe(**inputs(activation=activation), **OPTIONS, activation=activation)
+        assert ("n3::latent_moe_front" in calls.names) == (activation == "relu2")
 
 
 @pytest.mark.parametrize("which", FUSED)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, assert_close_to, assert_invariant, assert_same_bits, fenced
 from grouped_problems import assert_within
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_problems import ACTIVATIONS, DTYPES
 
@@ -64,7 +64,30 @@ def tail_definition(y, fc2, shared, shared_down, residual):
     return out if residual is None else out + residual.double()
 
 
+# the sizes that the kernels with tensor cores take: several tiles of rows and tokens, several parts of their products
+eighth = st.integers(1, 40).map(lambda n: 8 * n)
+fronts_in_eights = st.tuples(
+    st.integers(0, 150), eighth, st.integers(1, 200), st.integers(0, 200), st.integers(1, 200), st.just("relu2"),
+    st.just(torch.bfloat16), st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+tails_in_eights = st.tuples(
+    st.integers(0, 150), st.one_of(st.just(0), eighth), st.integers(1, 200), eighth, st.booleans(),
+    st.just(torch.bfloat16),
+)  # fmt: skip
+
+
 # ---- the front
+
+
+@front_alone
+@settings(max_examples=6)
+@given(fronts_in_eights)
+def test_front_agrees_with_the_definition_in_eights(backend, problem):
+    args = front_inputs(*problem)
+    out, truth = latent_moe_front(*args), front_definition(*args, "relu2")
+    assert_close_to(out[0], truth[0], 2e-5)
+    assert_close_to(out[1], truth[1], 2e-5)
+    assert_close_to(out[2], truth[2], 1e-4)
 
 
 @front_alone
@@ -115,6 +138,14 @@ def test_the_shared_activation_is_not_rounded_before(backend):
 
 
 # ---- the tail
+
+
+@tail_alone
+@settings(max_examples=6)
+@given(tails_in_eights)
+def test_tail_agrees_with_the_definition_in_eights(backend, problem):
+    args = tail_inputs(*problem)
+    assert_close_to(latent_moe_tail(*args), tail_definition(*args), 2e-5)
 
 
 @tail_alone
