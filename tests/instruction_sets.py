@@ -1,6 +1,7 @@
 """A test module run as a program, once per instruction set, and what it prints compared: ``name = digest`` by line.
 
-AMX is not among the sets: there products of bfloat16 with NVFP4 weights have sums of their own (test_linear_amx.py)."""
+AMX is not among the sets: there products of bfloat16 have sums of their own (test_linear_amx.py,
+test_experts_amx.py)."""
 
 from __future__ import annotations
 

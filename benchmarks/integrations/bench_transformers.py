@@ -36,7 +36,7 @@ def model(size: str, form: str = "fp32"):
         vocab_size=1024 if small else 32768, hidden_size=hidden, hybrid_override_pattern="MEM*E",
         mamba_num_heads=2 * hidden // 64, mamba_head_dim=64, n_groups=2 if small else 8, ssm_state_size=128,
         num_attention_heads=hidden // 64, num_key_value_heads=2, head_dim=64, n_routed_experts=16 if small else 128,
-        num_experts_per_tok=4 if small else 22, moe_latent_size=hidden // 4, moe_intermediate_size=672 * hidden // 1024,
+        num_experts_per_tok=4 if small else 22, moe_latent_size=hidden // 4, moe_intermediate_size=96 if small else 672,
         moe_shared_expert_intermediate_size=1344 * hidden // 1024, routed_scaling_factor=5.0, use_cache=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip

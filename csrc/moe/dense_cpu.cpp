@@ -1,5 +1,6 @@
 // The products with dense weights on any CPU, and the choice among the instruction sets.
 #define N3_LANES 4
+#include "dense_amx.h"
 #include "dense_lanes.h"
 
 namespace n3::dense_linear {
@@ -16,6 +17,13 @@ const Kernels& kernels() {
   }
 #endif
   return kGenericKernels;
+}
+
+const amx::Kernels* tile_kernels() {
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::kAmx) return &amx::kKernels;
+#endif
+  return nullptr;
 }
 
 }  // namespace n3::dense_linear

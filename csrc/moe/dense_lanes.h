@@ -6,11 +6,10 @@
 // are first copied as floats, completed with zeros.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "../common/lanes.h"
-#include "dense_kernels.h"
+#include "activation_lanes.h"
 
 namespace n3::dense_linear {
 namespace {
@@ -384,18 +383,8 @@ void sums(const Panel& panel, const float* const* x, int64_t tokens, float* scra
 // ---- rows
 
 template <Activation kActivation>
-N3_LANE_FN F32 activation_of(F32 h) {
-  if constexpr (kActivation == kSilu) return silu(h);
-  if constexpr (kActivation == kRelu2) return h < 0.f ? F32{} : h * h;  // NaN stays
-  if constexpr (kActivation == kGelu) {
-    for (int i = 0; i < kLanes; ++i) h[i] = 0.5f * h[i] * std::erfc(h[i] * -0.70710678118654752f);
-  }
-  return h;
-}
-
-template <Activation kActivation>
 void activate_row(const float* h, const float* value, int64_t n, float* to) {
-  constexpr bool kGated = kActivation == kSilu || kActivation == kGelu;
+  constexpr bool kGated = is_gated(kActivation);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const F32 a = activation_of<kActivation>(load(h + i));

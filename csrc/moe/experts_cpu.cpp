@@ -10,7 +10,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "products.h"
+#include "../common/huge_pages.h"
+#include "tile_products.h"
 
 namespace {
 
@@ -20,9 +21,7 @@ using n3::Element;
 using n3::element_size;
 using n3::for_items;
 using n3::moe::Batch;
-using n3::moe::DenseProduct;
-using n3::moe::Nvfp4Product;
-using n3::moe::Nvfp4TileProduct;
+using n3::moe::InTiles;
 using n3::moe_experts::op;
 using n3::moe_experts::OptionalTensor;
 using n3::moe_experts::Params;
@@ -77,20 +76,31 @@ dense::Activation activation_of(const Params& p) {
   return dense::kGelu;
 }
 
-// rows[slot] = W_down act(W_up x) for the slots of some batches.
-template <typename Up, typename Down>
-void run_group(const Params& p, Element element, const Up& up, const Down& down, const Tokens& tokens,
-               const Sorted& sorted, std::span<const Batch> batches, float* rows) {
+// The slots of some batches: rows[slot] = W_down act(W_up x).
+struct Group {
+  const Params& p;
+  Element element;
+  const Tokens& tokens;
+  const Sorted& sorted;
+  std::span<const Batch> batches;
+  float* rows;
+
+  const void* x_of(int64_t position) const {
+    const int64_t token = tokens.first + sorted.order[position] / p.top_k;
+    return static_cast<const char*>(p.x) + token * p.width * element_size(element);
+  }
+  float* row_of(int64_t position) const { return rows + sorted.order[position] * p.width; }
+};
+
+template <typename Product>
+void run_group(const Group& g, const Product& up, const Product& down) {
+  const Params& p = g.p;
   const dense::Kernels& kernels = dense::kernels();
   const dense::Activation activation = activation_of(p);
-  const int64_t first = batches[0].begin, count = n3::moe::positions_of(batches);
-  const int64_t width_bytes = p.width * element_size(element), ld = dense::whole(p.inner, dense::kChains);
-  const auto hidden = buffer<float>(count * ld * 4);
+  const int64_t first = g.batches[0].begin, ld = dense::whole(p.inner, dense::kChains);
+  const auto hidden = buffer<float>(n3::moe::positions_of(g.batches) * ld * 4);
 
-  const auto x_of = [&](int64_t position) -> const void* {
-    const int64_t token = tokens.first + sorted.order[position] / p.top_k;
-    return static_cast<const char*>(p.x) + token * width_bytes;
-  };
+  const auto x_of = [&](int64_t position) { return g.x_of(position); };
   const auto hidden_of = [&](int64_t position) { return hidden.get() + (position - first) * ld; };
   const auto keep_hidden = [&](int64_t position, int64_t r, const float* h, const float* value, int64_t n) {
     float* to = hidden_of(position) + r;
@@ -98,10 +108,19 @@ void run_group(const Params& p, Element element, const Up& up, const Down& down,
     if (r + n == p.inner) std::fill(to + n, hidden_of(position) + ld, 0.f);
   };
   const auto keep_row = [&](int64_t position, int64_t r, const float* h, const float*, int64_t n) {
-    std::copy_n(h, n, rows + sorted.order[position] * p.width + r);
+    std::copy_n(h, n, g.row_of(position) + r);
   };
-  multiply(up, activation != dense::kRelu2, batches, up.inputs(batches, {element, false}, x_of), keep_hidden);
-  multiply(down, false, batches, down.inputs(batches, {n3::kFloat, true}, hidden_of), keep_row);
+  const bool gated = activation != dense::kRelu2;
+  multiply(up, gated, g.batches, up.inputs(g.batches, {g.element, false}, x_of), keep_hidden);
+  multiply(down, false, g.batches, down.inputs(g.batches, {n3::kFloat, true}, hidden_of), keep_row);
+}
+
+template <typename Product>
+void run_group(const Group& g, const InTiles<Product>& up, const InTiles<Product>& down) {
+  const auto x_of = [&](int64_t position) { return g.x_of(position); };
+  const auto x = n3::moe::pack_tiles(g.batches, g.p.width, up.tiles().pack(), x_of);
+  const auto hidden = n3::moe::activated(up.tiles(), activation_of(g.p), g.p.inner, g.batches, x);
+  n3::moe::rows_of(down.tiles(), g.batches, hidden, [&](int64_t position) { return g.row_of(position); });
 }
 
 // y of some tokens from their slots' rows.
@@ -122,20 +141,21 @@ void combine(const Params& p, Element element, const Tokens& tokens, const float
   });
 }
 
-template <typename Up, typename Down>
+template <typename Product>
 void run(const Params& p, Element element) {
   const auto weights = [&](const n3::moe_experts::Weights& w) {
     return n3::moe::Weights{w.w, w.block_scale, w.global_scale, element, w.n, w.k};
   };
-  const Up up(weights(p.up));
-  const Down down(weights(p.down));
+  const Product up(weights(p.up)), down(weights(p.down));
   const int64_t most = std::clamp<int64_t>(kRowFloats / (p.top_k * std::max<int64_t>(p.width, 1)), 1, p.tokens);
-  const auto rows = buffer<float>(most * p.top_k * p.width * 4);
+  const int64_t row_bytes = most * p.top_k * p.width * 4;
+  const auto rows = buffer<float>(row_bytes);
+  n3::ask_for_huge_pages(rows.get(), row_bytes);
   for (int64_t first = 0; first < p.tokens; first += most) {
     const Tokens tokens{first, std::min(most, p.tokens - first)};
-    const Sorted sorted = sort_slots(p, tokens, std::min(Up::kMostTokens, Down::kMostTokens));
+    const Sorted sorted = sort_slots(p, tokens, Product::kMostTokens);
     const auto run_some = [&](std::span<const Batch> batches) {
-      run_group(p, element, up, down, tokens, sorted, batches, rows.get());
+      run_group(Group{p, element, tokens, sorted, batches, rows.get()}, up, down);
     };
     const std::span<const Batch> batches = sorted.batches;
     const int64_t count = int64_t(batches.size());
@@ -173,13 +193,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, co
   p.valid_tokens = valid_tokens ? static_cast<const int32_t*>(data(*valid_tokens)) : nullptr;
   p.y = y.mutable_data_ptr();
   const Element element = n3::element_of(x.scalar_type());
-  if (p.dense) {
-    run<DenseProduct, DenseProduct>(p, element);
-  } else if (n3::moe::in_tiles(element)) {
-    run<Nvfp4TileProduct, Nvfp4Product>(p, element);  // between the two, rows are float32
-  } else {
-    run<Nvfp4Product, Nvfp4Product>(p, element);
-  }
+  n3::moe::with_product(p.dense, element, [&]<typename Product>(Product*) { run<Product>(p, element); });
   return y;
 }
 

@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "products.h"
+#include "tile_products.h"
 
 namespace {
 
@@ -19,9 +19,6 @@ using n3::grouped_linear::op;
 using n3::grouped_linear::OptionalTensor;
 using n3::grouped_linear::Params;
 using n3::moe::Batch;
-using n3::moe::DenseProduct;
-using n3::moe::Nvfp4Product;
-using n3::moe::Nvfp4TileProduct;
 using torch::stable::Tensor;
 
 struct Live {
@@ -102,13 +99,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, c
   p.row_scale = row_scale ? static_cast<const float*>(data(*row_scale)) : nullptr;
   p.y = y.mutable_data_ptr();
   const Element element = n3::element_of(x.scalar_type());
-  if (p.dense) {
-    run<DenseProduct>(p, element);
-  } else if (n3::moe::in_tiles(element)) {
-    run<Nvfp4TileProduct>(p, element);
-  } else {
-    run<Nvfp4Product>(p, element);
-  }
+  n3::moe::with_product(p.dense, element, [&]<typename Product>(Product*) { run<Product>(p, element); });
   return y;
 }
 

@@ -1,6 +1,7 @@
 // Products of rows with the weights of their groups (an expert is a group): y[i] = W[g] x[i] for positions i that are
-// sorted by group. The product is dense or NVFP4; both sum in an order that depends on the length of a row alone, so an
-// output's bits depend neither on the other rows of its group nor on the threads.
+// sorted by group. The product is dense or NVFP4, here or in AMX tiles (tile_products.h). Each sums in an order that
+// depends on the length of a row alone, so an output's bits depend neither on the other rows of its group nor on the
+// threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,8 +15,6 @@
 #include "dense_kernels.h"
 
 namespace n3::moe {
-
-namespace tiles = nvfp4_linear::amx;
 
 constexpr int64_t kGroupSlots = 1024;  // positions whose inputs and results are kept at a time, about
 constexpr int64_t kCopyWork = 8;       // multiply-adds in the time of converting or adding one float
@@ -193,79 +192,6 @@ class Nvfp4Product {
   Weights weights_;
   const nvfp4_linear::Kernels& kernels_;
 };
-
-// ---- NVFP4 in tiles, for rows of bfloat16 where there are tile_kernels()
-
-class Nvfp4TileProduct {
- public:
-  static constexpr int64_t kMostTokens = 192;  // their packed rows stay in a level-2 cache
-
-  // The rows of each batch as tiles of tokens.
-  struct Inputs {
-    int64_t first;
-    std::vector<int64_t> at;  // bytes before a batch's tiles, at the place of its first position
-    Buffer<char> packed;
-  };
-
-  explicit Nvfp4TileProduct(const Weights& weights) : weights_(weights), kernels_(*nvfp4_linear::tile_kernels()) {}
-
-  int64_t n() const { return weights_.n; }
-  int64_t k() const { return weights_.k; }
-
-  int64_t panel_rows(int64_t) const { return tiles::kPanelRows; }
-  int64_t row_stride(int64_t) const { return tiles::kPanelRows; }
-  int64_t scratch_bytes(int64_t tokens) const { return kernels_.scratch_bytes(k(), tokens); }
-
-  template <typename RowOf>
-  Inputs inputs(std::span<const Batch> batches, const Rows&, const RowOf& row_of) const {
-    struct Tile {
-      int64_t begin, size, width, at;
-    };
-    std::vector<Tile> all;
-    const int64_t positions = positions_of(batches);
-    Inputs in{batches[0].begin, std::vector<int64_t>(positions), {}};
-    int64_t bytes = 0;
-    for (const Batch& batch : batches) {
-      in.at[batch.begin - in.first] = bytes;
-      for (int64_t t = 0; t < batch.size; t += tiles::kTileTokens) {
-        const int64_t size = std::min(tiles::kTileTokens, batch.size - t);
-        all.push_back({batch.begin + t, size, tiles::tile_width(batch.size), bytes});
-        bytes += tiles::tile_bytes(k(), batch.size);
-      }
-    }
-    in.packed = buffer<char>(bytes);
-    const int64_t count = int64_t(all.size());
-    for_items(count, positions * k() * kCopyWork, [&](const auto& take) {
-      for (int64_t i = take(); i < count; i = take()) {
-        const Tile& tile = all[i];
-        const void* rows[tiles::kTileTokens];
-        for (int64_t t = 0; t < tile.size; ++t) rows[t] = row_of(tile.begin + t);
-        kernels_.pack(rows, tile.size, k(), tile.width, in.packed.get() + tile.at);
-      }
-    });
-    return in;
-  }
-
-  void sums(const Batch& batch, int64_t row, int64_t rows, const Inputs& in, void* scratch, float* out) const {
-    const nvfp4_linear::GlobalScale global =
-        nvfp4_linear::split_global_scale(kernels_.decoding, weights_.global_scale[batch.group]);
-    const int64_t at = batch.group * n() + row;
-    const nvfp4_linear::Panel panel{static_cast<const uint8_t*>(weights_.w) + at * (k() / 2),
-                                    weights_.block_scale + at * (k() / 16), rows, k()};
-    const char* x = in.packed.get() + in.at[batch.begin - in.first];
-    kernels_.sums(global.table, panel, x, batch.size, scratch, out);
-    for (int64_t t = 0; t < batch.size; ++t, out += tiles::kPanelRows) {
-      for (int64_t r = 0; r < rows; ++r) out[r] *= global.factor;
-    }
-  }
-
- private:
-  Weights weights_;
-  const tiles::Kernels& kernels_;
-};
-
-// Whether NVFP4 products of rows of this type are made in tiles.
-inline bool in_tiles(Element element) { return element == kBFloat16 && nvfp4_linear::tile_kernels(); }
 
 // ---- either
 

@@ -1,7 +1,7 @@
 // moe_sort, a stable counting sort: each warp counts the groups of its chunk of slots; one block adds the counts up;
 // each warp puts its slots to their places. Nothing depends on the order in which threads run.
 #pragma once
-#include "../common/device.cuh"
+#include "../common/scan.cuh"
 #include "sort_plan.h"
 
 namespace n3::moe_sort {
@@ -57,27 +57,6 @@ N3_DEVICE void place_chunk(const Args& a, int64_t chunk, int32_t* row) {
   });
 }
 
-// The sum over the threads before this one, in each; `sum` becomes that of all. With barriers.
-N3_DEVICE int32_t block_before(int32_t v, int32_t* of_warp, int32_t& sum) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t through = v;
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffffu, through, by);
-    if (lane >= by) through += other;
-  }
-  __syncthreads();  // of_warp was read
-  if (lane == 31) of_warp[warp] = through;
-  __syncthreads();
-  int32_t before = through - v;
-  sum = 0;
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp) before += of_warp[w];
-    sum += of_warp[w];
-  }
-  return before;
-}
-
 // Turns the counts of each chunk into those of the chunks before it, and writes all but the order. One block.
 N3_DEVICE void add_up(const Args& a, int32_t* table) {
   constexpr int kAtOnce = 8;  // loads under way
@@ -99,7 +78,8 @@ N3_DEVICE void add_up(const Args& a, int32_t* table) {
     }
     const bool busy = g < a.experts && count > 0;
     int32_t all, all_busy;
-    const int32_t before = block_before(count, of_warp, all), busy_before = block_before(busy, of_warp, all_busy);
+    const int32_t before = device::block_before<kThreads>(count, of_warp, all);
+    const int32_t busy_before = device::block_before<kThreads>(busy, of_warp, all_busy);
     if (g < groups) a.offsets[g] = slots + before;  // the last: where the skipped slots begin
     if (busy) a.active[experts + busy_before] = int32_t(g);
     slots += all, experts += all_busy;

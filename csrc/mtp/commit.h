@@ -1,6 +1,12 @@
 // mtp_commit: what an engine does with the counts of a verification. Checks for CPU and CUDA; rules in
 // n3kernels/mtp/commit.py.
 #pragma once
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "commit_request.h"
 #include "rows.h"
 
 namespace n3::mtp_commit {
@@ -9,14 +15,10 @@ using mtp::OptionalTensor;
 
 constexpr const char* op = "mtp_commit";
 
-struct Params {
-  int64_t requests, width, slots, ring_size, ring_tokens;
-};
-
-inline Params check(const Tensor& tokens, const Tensor& num_emitted, const Tensor& cu_rows, const Tensor& seq_len,
-                    const OptionalTensor& slot, const OptionalTensor& eos_ids, const OptionalTensor& max_len,
-                    const OptionalTensor& finished, const OptionalTensor& histogram, const OptionalTensor& ring_pos,
-                    int64_t ring_size, int64_t ring_tokens) {
+inline void check(const Tensor& tokens, const Tensor& num_emitted, const Tensor& cu_rows, const Tensor& seq_len,
+                  const OptionalTensor& slot, const OptionalTensor& eos_ids, const OptionalTensor& max_len,
+                  const OptionalTensor& finished, const OptionalTensor& histogram, const OptionalTensor& ring_pos,
+                  int64_t ring_size, int64_t ring_tokens) {
   check_dtype(op, "tokens", tokens, ScalarType::Int);
   check_dim(op, "tokens", tokens, 2);
   const int64_t b = tokens.size(0), width = tokens.size(1);
@@ -49,7 +51,56 @@ inline Params check(const Tensor& tokens, const Tensor& num_emitted, const Tenso
   mtp::check_devices(op, "tokens", tokens,
                      {{"slot", &slot}, {"eos_ids", &eos_ids}, {"max_len", &max_len}, {"finished", &finished},
                       {"histogram", &histogram}, {"ring_pos", &ring_pos}});
-  return {b, width, slots, ring_size, ring_tokens};
 }
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The arguments of a checked call, the tensors they point into, and its outputs.
+class Call {
+ public:
+  Call(const Tensor& tokens, const Tensor& num_emitted, const Tensor& cu_rows, const Tensor& seq_len,
+       const OptionalTensor& slot, const OptionalTensor& eos_ids, const OptionalTensor& max_len,
+       const OptionalTensor& finished, const OptionalTensor& histogram, const OptionalTensor& ring_pos,
+       int64_t ring_size, int64_t ring_tokens) {
+    const int64_t b = args.requests = tokens.size(0), width = args.width = tokens.size(1);
+    args.tokens = dense(tokens), args.num_emitted = dense(num_emitted), args.cu_rows = dense(cu_rows);
+    args.slot = dense(slot), args.eos_ids = dense(eos_ids), args.max_len = dense(max_len);
+    args.seq_len = data<int32_t>(seq_len), args.seq_stride = seq_len.stride(0), args.slots = seq_len.size(0);
+    args.eos = eos_ids ? eos_ids->size(0) : 0;
+    args.ring_size = ring_size, args.ring_tokens = ring_tokens;
+    if (finished) args.finished = data<int32_t>(*finished), args.finished_stride = finished->stride(0);
+    if (histogram) {
+      args.histogram = data<int64_t>(*histogram);
+      args.histogram_stride = histogram->stride(0), args.bins = histogram->size(0);
+    }
+    if (ring_pos) {
+      args.ring_pos = data<int32_t>(*ring_pos);
+      args.ring_strides[0] = ring_pos->stride(0), args.ring_strides[1] = ring_pos->stride(1);
+    }
+    const auto ints = [&](int32_t*& at, int64_t size) {
+      const Tensor t = torch::stable::new_empty(tokens, {size}, ScalarType::Int);
+      at = data<int32_t>(t);
+      return t;
+    };
+    out = {ints(args.num_accepted, b), ints(args.last_token, b), ints(args.last_row, b),      ints(args.kv_start, b),
+           ints(args.kv_free, b),      ints(args.flat, b * width), ints(args.cu_emitted, b + 1)};
+  }
+
+  Args args{};
+  Outputs out;
+
+ private:
+  template <typename T>
+  static T* data(const Tensor& t) {
+    return static_cast<T*>(t.mutable_data_ptr());
+  }
+  const int32_t* dense(const OptionalTensor& t) {
+    if (!t) return nullptr;
+    kept_.push_back(torch::stable::contiguous(*t));
+    return static_cast<const int32_t*>(kept_.back().const_data_ptr());
+  }
+
+  std::vector<Tensor> kept_;
+};
 
 }  // namespace n3::mtp_commit

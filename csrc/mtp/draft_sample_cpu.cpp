@@ -6,12 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/threads.h"
+#include "draft_sample.h"
 #include "row.h"
 
 namespace n3::mtp {
 namespace {
-
-constexpr const char* op = "mtp_draft_sample";
 
 // The drafter's law of one row, cut and divided; its length. `best`: the most probable tokens with their logits.
 int64_t publish(const std::vector<std::pair<float, int32_t>>& best, float temperature, int32_t* ids, float* probs) {
@@ -47,16 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> mtp_draft_sample(const Tensor& logits, const 
                                                     const OptionalTensor& draft_vocab) {
   const OptionalTensor none;
   const SlotArgs slots{seed, slot, temperature, none, none, none};
-  check_logits(op, logits);
+  draft_sample::check(logits, pos, max_ids, slots, draft_vocab);
   const int64_t n = logits.size(0), vocab = logits.size(1);
-  check_slots(op, n, slots);
-  check_pos(op, pos, n);
-  N3_CHECK(op, max_ids >= 1 && max_ids <= kMaxDraftIds, "max_ids must be between 1 and ", kMaxDraftIds, ", got ",
-           max_ids);
-  check_given(op, "draft_vocab", draft_vocab, ScalarType::Int, {vocab});
-  check_slot_devices(op, logits, slots);
-  check_same_device(op, "pos", pos, "logits", logits);
-  check_devices(op, "logits", logits, {{"draft_vocab", &draft_vocab}});
 
   const Rows rows(logits, slots, {none, none, none, none, none, none});
   const Column<int64_t> positions(pos);

@@ -6,7 +6,6 @@
 namespace n3::mtp {
 
 constexpr int64_t kBlock = 16;  // floats
-constexpr int64_t kSub = 512;   // a row's maxima are kept for sub-tiles of so many logits
 
 // The weight of a logit x: e^((x - best) / temperature), 0 below the cut-off. 1 / temperature in two parts.
 struct Scale {

@@ -104,6 +104,17 @@ inline void check_edits(const char* op, const Tensor& logits, const EditArgs& e)
                  {"bias_ids", &e.bias_ids}, {"bias_val", &e.bias_val}, {"bias_cu", &e.bias_cu}});
 }
 
+// All arguments of `sample`.
+inline void check_sample(const char* op, const Tensor& logits, const Tensor& pos, const SlotArgs& slots,
+                         const EditArgs& edits) {
+  check_logits(op, logits);
+  check_slots(op, logits.size(0), slots);
+  check_pos(op, pos, logits.size(0));
+  check_slot_devices(op, logits, slots);
+  check_same_device(op, "pos", pos, "logits", logits);
+  check_edits(op, logits, edits);
+}
+
 inline void check_cu_rows(const char* op, const Tensor& cu_rows) {
   check_dtype(op, "cu_rows", cu_rows, ScalarType::Int);
   check_dim(op, "cu_rows", cu_rows, 1);

@@ -24,13 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> sample(
     const OptionalTensor& bias_cu) {
   const mtp::SlotArgs slots{seed, slot, temperature, top_k, top_p, min_p};
   const mtp::EditArgs edits{bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu};
-  mtp::check_logits(op, logits);
+  mtp::check_sample(op, logits, pos, slots, edits);
   const int64_t n = logits.size(0);
-  mtp::check_slots(op, n, slots);
-  mtp::check_pos(op, pos, n);
-  mtp::check_slot_devices(op, logits, slots);
-  n3::check_same_device(op, "pos", pos, "logits", logits);
-  mtp::check_edits(op, logits, edits);
 
   const mtp::Rows rows(logits, slots, edits);
   const mtp::Column<int64_t> positions(pos);

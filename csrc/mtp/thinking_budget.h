@@ -2,8 +2,12 @@
 // n3kernels/mtp/thinking_budget.py.
 #pragma once
 #include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
 
 #include "rows.h"
+#include "thinking_rules.h"
 
 namespace n3::thinking_budget {
 
@@ -14,10 +18,9 @@ inline void check_strings(const char* name, const Tensor& t) {
   N3_CHECK(op, t.dim() == 1 || t.dim() == 2, name, " must have 1 or 2 dimensions, got ", t.dim());
 }
 
-// The number of requests.
-inline int64_t check(const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& tail, const Tensor& num_output,
-                     const Tensor& active, const Tensor& budget, const Tensor& grace, const Tensor& end_ids,
-                     const Tensor& end_think_ids, const Tensor& newline_bitmask) {
+inline void check(const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& tail, const Tensor& num_output,
+                  const Tensor& active, const Tensor& budget, const Tensor& grace, const Tensor& end_ids,
+                  const Tensor& end_think_ids, const Tensor& newline_bitmask) {
   check_dtype(op, "draft_tokens", draft_tokens, ScalarType::Int);
   check_dim(op, "draft_tokens", draft_tokens, 1);
   mtp::check_cu_rows(op, cu_rows);
@@ -45,7 +48,36 @@ inline int64_t check(const Tensor& draft_tokens, const Tensor& cu_rows, const Te
       {"budget", &budget}, {"grace", &grace}, {"end_ids", &end_ids}, {"end_think_ids", &end_think_ids},
       {"newline_bitmask", &newline_bitmask}};
   for (const auto& [name, t] : others) check_same_device(op, name, *t, "draft_tokens", draft_tokens);
-  return b;
 }
+
+// The arguments of a checked call, the tensors they point into, and its output, not yet written.
+class Call {
+ public:
+  Call(const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& tail, const Tensor& num_output,
+       const Tensor& active, const Tensor& budget, const Tensor& grace, const Tensor& end_ids,
+       const Tensor& end_think_ids, const Tensor& newline_bitmask)
+      : out(torch::stable::new_empty(draft_tokens, {draft_tokens.size(0)}, ScalarType::Int)) {
+    args.drafts = dense(draft_tokens), args.cu_rows = dense(cu_rows), args.tail = dense(tail);
+    args.num_output = dense(num_output), args.active = dense(active);
+    args.budget = dense(budget), args.grace = dense(grace);
+    args.end_ids = dense(end_ids), args.end_think_ids = dense(end_think_ids), args.newlines = dense(newline_bitmask);
+    args.forced = static_cast<int32_t*>(out.mutable_data_ptr());
+    args.rows = draft_tokens.size(0), args.requests = cu_rows.size(0) - 1, args.reach = tail.size(1);
+    args.end_size = end_ids.size(end_ids.dim() - 1), args.end_step = end_ids.dim() == 2 ? args.end_size : 0;
+    args.strings = end_think_ids.dim() == 2 ? end_think_ids.size(0) : 1;
+    args.string_size = end_think_ids.size(end_think_ids.dim() - 1), args.words = newline_bitmask.size(0);
+  }
+
+  Args args{};
+  Tensor out;
+
+ private:
+  const int32_t* dense(const Tensor& t) {
+    kept_.push_back(torch::stable::contiguous(t));
+    return static_cast<const int32_t*>(kept_.back().const_data_ptr());
+  }
+
+  std::vector<Tensor> kept_;
+};
 
 }  // namespace n3::thinking_budget

@@ -9,26 +9,12 @@
 
 #include "../common/threads.h"
 #include "drafts.h"
+#include "verify.h"
 
 namespace n3::mtp {
 namespace {
 
-constexpr const char* op = "mtp_verify";
-
-enum class Mode { kGreedy, kCoupled, kToken, kBlock, kRelaxed, kTypical };
-constexpr const char* kModes[] = {"greedy", "coupled", "token", "block", "relaxed", "typical"};
-
-struct Lossy {
-  int64_t top_k;
-  double delta, epsilon, typical_delta;
-};
-
-Mode check_mode(const std::string& mode) {
-  for (int i = 0; i < 6; ++i) {
-    if (mode == kModes[i]) return Mode(i);
-  }
-  fail(op, "mode must be one of greedy, coupled, token, block, relaxed, typical, got ", mode);
-}
+using namespace verify;
 
 // Where a request's results go.
 struct Out {
@@ -247,25 +233,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mtp_verify(
   const SlotArgs slots{seed, slot, temperature, top_k, top_p, min_p};
   const EditArgs edits{bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu};
   const LawArgs laws{draft_ids, draft_probs, draft_logits, draft_temperature, draft_vocab, uniforms};
-  check_logits(op, logits);
-  check_dtype(op, "draft_tokens", draft_tokens, ScalarType::Int);
-  check_shape(op, "draft_tokens", draft_tokens, {logits.size(0)});
-  check_cu_rows(op, cu_rows);
+  const Lossy lossy{allow_lossy, relaxed_top_k, relaxed_delta, typical_epsilon, typical_delta};
+  const Mode mode =
+      check(logits, draft_tokens, cu_rows, pos, mode_name, max_drafts, slots, edits, eos_ids, laws, lossy);
   const int64_t b = cu_rows.size(0) - 1;
-  check_slots(op, b, slots);
-  check_pos(op, pos, b);
-  const Mode mode = check_mode(mode_name);
-  N3_CHECK(op, max_drafts >= 0, "max_drafts must be at least 0, got ", max_drafts);
-  check_ids(op, "eos_ids", eos_ids);
-  check_same_device(op, "draft_tokens", draft_tokens, "logits", logits);
-  check_same_device(op, "cu_rows", cu_rows, "logits", logits);
-  check_same_device(op, "pos", pos, "logits", logits);
-  check_slot_devices(op, logits, slots);
-  check_devices(op, "logits", logits, {{"eos_ids", &eos_ids}});
-  check_edits(op, logits, edits);
-  N3_CHECK(op, mode < Mode::kRelaxed || allow_lossy, "allow_lossy must be True in mode ", mode_name, ", got False");
-  N3_CHECK(op, relaxed_top_k >= 1, "relaxed_top_k must be at least 1, got ", relaxed_top_k);
-  check_laws(op, mode_name, logits, seed.size(0), laws);
 
   const Rows rows(logits, slots, edits);
   const DraftArgs drafts(rows.vocab, draft_tokens, laws);
@@ -281,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mtp_verify(
   std::fill_n(ints(tokens), b * width, -1);
   std::fill_n(static_cast<float*>(logprobs.mutable_data_ptr()), b * width, 0.f);
   n3::for_items(b, rows.n * rows.vocab, [&](auto take) {
-    Chain chain(rows, drafts, eos, max_drafts, {relaxed_top_k, relaxed_delta, typical_epsilon, typical_delta});
+    Chain chain(rows, drafts, eos, max_drafts, lossy);
     for (int64_t i = take(); i < b; i = take()) {
       const Request request = requests[i];
       Out out{ints(tokens) + i * width, static_cast<float*>(logprobs.mutable_data_ptr()) + i * width};

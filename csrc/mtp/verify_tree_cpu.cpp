@@ -8,20 +8,12 @@
 
 #include "../common/threads.h"
 #include "drafts.h"
+#include "verify_tree.h"
 
 namespace n3::mtp {
 namespace {
 
-constexpr const char* op = "mtp_verify_tree";
-
-enum class Mode { kGreedy, kCoupled, kToken };
-
-Mode check_mode(const std::string& mode) {
-  if (mode == "greedy") return Mode::kGreedy;
-  if (mode == "coupled") return Mode::kCoupled;
-  if (mode == "token") return Mode::kToken;
-  fail(op, "mode must be one of greedy, coupled, token, got ", mode);
-}
+using namespace verify_tree;
 
 struct Out {
   int32_t *tokens, *rows;
@@ -156,27 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mtp_verify_tree(
   const EditArgs edits{bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu};
   const OptionalTensor none;
   const LawArgs laws{draft_ids, draft_probs, none, none, draft_vocab, uniforms};
-  check_logits(op, logits);
-  const int64_t n = logits.size(0);
-  check_dtype(op, "node_tokens", node_tokens, ScalarType::Int);
-  check_shape(op, "node_tokens", node_tokens, {n});
-  check_dtype(op, "parents", parents, ScalarType::Int);
-  check_shape(op, "parents", parents, {n});
-  check_cu_rows(op, cu_rows);
+  const Mode mode =
+      check(logits, node_tokens, parents, cu_rows, pos, mode_name, max_depth, slots, edits, eos_ids, laws);
   const int64_t b = cu_rows.size(0) - 1;
-  check_slots(op, b, slots);
-  check_pos(op, pos, b);
-  const Mode mode = check_mode(mode_name);
-  N3_CHECK(op, max_depth >= 0, "max_depth must be at least 0, got ", max_depth);
-  check_ids(op, "eos_ids", eos_ids);
-  check_same_device(op, "node_tokens", node_tokens, "logits", logits);
-  check_same_device(op, "parents", parents, "logits", logits);
-  check_same_device(op, "cu_rows", cu_rows, "logits", logits);
-  check_same_device(op, "pos", pos, "logits", logits);
-  check_slot_devices(op, logits, slots);
-  check_devices(op, "logits", logits, {{"eos_ids", &eos_ids}});
-  check_edits(op, logits, edits);
-  check_laws(op, mode_name, logits, seed.size(0), laws);
 
   const Rows rows(logits, slots, edits);
   const DraftArgs drafts(rows.vocab, node_tokens, laws);

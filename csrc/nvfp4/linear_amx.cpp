@@ -3,14 +3,12 @@
 #define N3_LANES 16
 #include <algorithm>
 
-#include "../common/lanes.h"
+#include "../common/amx_lanes.h"
 #include "linear_amx.h"
 
 namespace n3::nvfp4_linear::amx {
 namespace {
 
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTile = 1024;       // bytes of a whole tile
 constexpr int64_t kSlot = 2 * kTile;  // decoded weights of a panel and a step
 constexpr int64_t kRing = 4;          // slots, where weights are used once: 8 KiB, in a level-1 cache
 constexpr int64_t kMostSlots = 96;    // where they are used again: 192 KiB, in a level-2 cache
@@ -25,26 +23,6 @@ void prepare(const Values& values, void* out) {
   for (int s = 0; s < 256; ++s) {
     for (int code = 0; code < 16; ++code) table.values[s][code] = uint16_t(float_bits(values[s][code]) >> 16);
   }
-}
-
-// The compiler does not know what memory the tile instructions read and write.
-N3_LANE_FN void tiles_see_memory(const void* p = nullptr) { asm volatile("" ::"r"(p) : "memory"); }
-
-// Tiles 0 to 3 are accumulators, number r + 2 * t of weights 4 + r and tokens 6 + t.
-struct alignas(64) Config {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-void configure(int64_t width) {
-  Config config;
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = kTileRows;
-    config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * width);
-  }
-  tiles_see_memory(&config);
-  _tile_loadconfig(&config);
 }
 
 // ---- decoding
@@ -99,58 +77,6 @@ N3_LANE_FN void decode_eight(const TableRow* values, const Panel& panel, int64_t
 
 // ---- tiles
 
-// The products of 1 or 2 tiles of weights and of tokens.
-template <int kRows, int kTokens>
-struct Tiles {
-  static constexpr bool kBoth = kRows > 1 && kTokens > 1;
-
-  static void zero() {
-    _tile_zero(0);
-    if constexpr (kRows > 1) _tile_zero(1);
-    if constexpr (kTokens > 1) _tile_zero(2);
-    if constexpr (kBoth) _tile_zero(3);
-  }
-
-  static void load(const char* acc) {
-    tiles_see_memory();
-    _tile_loadd(0, acc, 64);
-    if constexpr (kRows > 1) _tile_loadd(1, acc + kTile, 64);
-    if constexpr (kTokens > 1) _tile_loadd(2, acc + 2 * kTile, 64);
-    if constexpr (kBoth) _tile_loadd(3, acc + 3 * kTile, 64);
-  }
-
-  static void store(char* acc) {
-    _tile_stored(0, acc, 64);
-    if constexpr (kRows > 1) _tile_stored(1, acc + kTile, 64);
-    if constexpr (kTokens > 1) _tile_stored(2, acc + 2 * kTile, 64);
-    if constexpr (kBoth) _tile_stored(3, acc + 3 * kTile, 64);
-    tiles_see_memory();
-  }
-
-  // Calls between(0 .. 2 * kRows) on the way: spread out, so that neither loads nor products wait for each other.
-  template <typename Between>
-  N3_LANE_FN static void multiply(const char* w, const char* x0, const char* x1, int64_t x_row,
-                                  const Between& between) {
-    tiles_see_memory();
-    _tile_loadd(6, x0, x_row);
-    between(0);
-    _tile_loadd(4, w, 64);
-    between(1);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kRows > 1) {
-      _tile_loadd(5, w + kTile, 64);
-      between(2);
-    }
-    if constexpr (kTokens > 1) _tile_loadd(7, x1, x_row);
-    if constexpr (kRows > 1) {
-      between(3);
-      _tile_dpbf16ps(1, 5, 6);
-    }
-    if constexpr (kTokens > 1) _tile_dpbf16ps(2, 4, 7);
-    if constexpr (kBoth) _tile_dpbf16ps(3, 5, 7);
-  }
-};
-
 // Steps begin .. end of a panel and of a pair of token tiles.
 struct Block {
   const TableRow* values;
@@ -160,19 +86,22 @@ struct Block {
   char* slots;
   int64_t count;         // of slots
   const char *x0, *x1;  // packed tiles of tokens
+  int64_t low;           // from them to those of the low parts; 0: there are none
   char* acc;             // four tiles
 };
 
 template <int kRows, int kTokens>
 void run_block(const Block& b) {
-  using T = Tiles<kRows, kTokens>;
+  using T = n3::amx::Tiles<kRows, kTokens>;
   b.begin ? T::load(b.acc) : T::zero();
   const int64_t x_row = 4 * b.width, x_step = 16 * x_row;
   const auto slot = [&](int64_t step) { return b.slots + step % b.count * kSlot; };
-  const auto multiply = [&](int64_t step, const auto& between) __attribute__((always_inline)) {
-    T::multiply(slot(step), b.x0 + step * x_step, b.x1 + step * x_step, x_row, between);
-  };
   const auto nothing = [](int) {};
+  const auto multiply = [&](int64_t step, const auto& between) __attribute__((always_inline)) {
+    const char *x0 = b.x0 + step * x_step, *x1 = b.x1 + step * x_step;
+    T::multiply(slot(step), 64, x0, x1, x_row, between);
+    if (b.low) T::multiply(slot(step), 64, x0 + b.low, x1 + b.low, x_row, nothing);
+  };
   int64_t step = b.begin;
   if (b.decode) {
     const TableRow* values = b.values;
@@ -201,51 +130,25 @@ void run_block(const Block& b, bool two_row_tiles, bool two_token_tiles) {
   return two_token_tiles ? run_block<1, 2>(b) : run_block<1, 1>(b);
 }
 
-// ---- transposition of 16 x 16 words of 32 bits
-
-// With masks of ones: GCC 12 warns of what the plain intrinsics leave undefined.
-#define N3_UNPACK(half, bits, a, b) _mm512_maskz_unpack##half##_epi##bits(-1, a, b)
-#define N3_QUARTERS(a, b, which) _mm512_maskz_shuffle_i32x4(-1, a, b, which)
-
-N3_LANE_FN void transpose(__m512i (&v)[16]) {
-  __m512i a[16];
-  for (int i = 0; i < 16; i += 4) {  // 4 x 4 words in every quarter
-    const __m512i low0 = N3_UNPACK(lo, 32, v[i], v[i + 1]), low1 = N3_UNPACK(lo, 32, v[i + 2], v[i + 3]);
-    const __m512i high0 = N3_UNPACK(hi, 32, v[i], v[i + 1]), high1 = N3_UNPACK(hi, 32, v[i + 2], v[i + 3]);
-    a[i] = N3_UNPACK(lo, 64, low0, low1), a[i + 1] = N3_UNPACK(hi, 64, low0, low1);
-    a[i + 2] = N3_UNPACK(lo, 64, high0, high1), a[i + 3] = N3_UNPACK(hi, 64, high0, high1);
-  }
-  for (int i = 0; i < 4; ++i) {  // 4 x 4 quarters
-    const __m512i even0 = N3_QUARTERS(a[i], a[i + 4], 0x88), even1 = N3_QUARTERS(a[i + 8], a[i + 12], 0x88);
-    const __m512i odd0 = N3_QUARTERS(a[i], a[i + 4], 0xdd), odd1 = N3_QUARTERS(a[i + 8], a[i + 12], 0xdd);
-    v[i] = N3_QUARTERS(even0, even1, 0x88), v[i + 8] = N3_QUARTERS(even0, even1, 0xdd);
-    v[i + 4] = N3_QUARTERS(odd0, odd1, 0x88), v[i + 12] = N3_QUARTERS(odd0, odd1, 0xdd);
-  }
-}
-
-#undef N3_UNPACK
-#undef N3_QUARTERS
-
 // ---- what becomes of a pair of token tiles
 
-// out[token * kPanelRows + row] from the four accumulators [row, token].
-void transpose_pair(const char* acc, bool two_row_tiles, int64_t tokens, float* out) {
-  for (int64_t t0 = 0; t0 < tokens; t0 += kTileTokens) {
-    for (int64_t r = 0; r <= two_row_tiles; ++r) {
-      __m512i v[16];
-      for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(acc + (t0 / 8 + r) * kTile + 64 * i);
-      transpose(v);
-      const int64_t n = std::min(kTileTokens, tokens - t0);
-      for (int64_t t = 0; t < n; ++t) _mm512_store_si512(out + (t0 + t) * kPanelRows + r * kTileRows, v[t]);
-    }
-  }
+struct ToNothing {  // but the accumulators
+  void expect(int64_t, int64_t) const {}
+  void put(const char*, bool, int64_t, int64_t) const {}
+};
+
+// out[token * kPanelRows + row] of a pair, times a factor.
+void put_rows(const char* acc, bool two_row_tiles, int64_t tokens, float factor, float* out) {
+  float* to[kPairTokens];
+  for (int64_t t = 0; t < tokens; ++t) to[t] = out + t * kPanelRows;
+  to_rows(acc, factor, two_row_tiles ? kPanelRows : kTileRows, tokens, to);
 }
 
 struct ToSums {
   float* out;
   void expect(int64_t, int64_t) const {}
   void put(const char* acc, bool two_row_tiles, int64_t first, int64_t tokens) const {
-    transpose_pair(acc, two_row_tiles, tokens, out + first * kPanelRows);
+    put_rows(acc, two_row_tiles, tokens, 1.f, out + first * kPanelRows);
   }
 };
 
@@ -265,14 +168,14 @@ struct ToOutputs {
 
   void put(const char* acc, bool two_row_tiles, int64_t first, int64_t tokens) const {
     alignas(64) float sums[kPairTokens * kPanelRows];
-    transpose_pair(acc, two_row_tiles, tokens, sums);
+    put_rows(acc, two_row_tiles, tokens, o.global, sums);
     const auto* bias = static_cast<const BFloat16*>(o.bias);
     for (int64_t r = 0; r < rows; r += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, rows - r);
       const bool whole = n == kLanes;
       const F32 b = !bias ? F32{} : whole ? load(bias + r) : load_part(bias + r, n);
       for (int64_t t = 0; t < tokens; ++t) {
-        F32 v = load(sums + t * kPanelRows + r) * o.global;
+        F32 v = load(sums + t * kPanelRows + r);
         if (bias) v += b;
         if (o.relu2) v = v < 0.f ? F32{} : v * v;
         BFloat16* to = row_of(first + t) + r;
@@ -293,26 +196,28 @@ int64_t slots_of(int64_t k, int64_t tokens) {
 }
 
 int64_t scratch_bytes(int64_t k, int64_t tokens) {
-  return slots_of(k, tokens) * kSlot + (tokens + kPairTokens - 1) / kPairTokens * 4 * kTile;
+  return slots_of(k, tokens) * kSlot + acc_bytes(tokens);
 }
 
 // Rows of a tile from panel.rows on hold what was there before: a row's sums come from it alone, and theirs go nowhere.
 template <typename To>
-void run_panel(const void* table, const Panel& panel, const void* x, int64_t tokens, void* scratch, const To& to) {
+void run_panel(const void* table, const Panel& panel, const Packed& x, void* scratch, char* acc, const To& to) {
   const TableRow* values = static_cast<const Table*>(table)->values;
-  const int64_t steps = steps_of(panel.k), x_tile = tile_bytes(panel.k, tokens), count = slots_of(panel.k, tokens);
-  const int64_t width = tile_width(tokens), block_steps = tokens <= kPairTokens ? steps : count;
+  const int64_t steps = steps_of(panel.k), tokens = x.tokens, tile = tile_bytes(panel.k, tokens);
+  const int64_t width = tile_width(tokens), low = x.parts > 1 ? tile : 0;
+  const int64_t count = slots_of(panel.k, tokens), block_steps = tokens <= kPairTokens ? steps : count;
   const bool two_row_tiles = panel.rows > kTileRows;
-  char *slots = static_cast<char*>(scratch), *acc = slots + count * kSlot;
-  configure(width);
+  char* slots = static_cast<char*>(scratch);
+  configure(kPanelRows, width);
   for (int64_t begin = 0; begin < steps; begin += block_steps) {
     const int64_t end = std::min(begin + block_steps, steps);
-    const char* x0 = static_cast<const char*>(x);
+    const char* x0 = static_cast<const char*>(x.x);
     char* sums = acc;
-    for (int64_t t0 = 0; t0 < tokens; t0 += kPairTokens, x0 += 2 * x_tile, sums += 4 * kTile) {
+    for (int64_t t0 = 0; t0 < tokens; t0 += kPairTokens, x0 += 2 * x.parts * tile, sums += 4 * kTile) {
       const int64_t n = std::min(kPairTokens, tokens - t0);
       if (end == steps) to.expect(t0, n);
-      const Block block{values, panel, t0 == 0, begin, end, width, slots, count, x0, x0 + x_tile, sums};
+      const char* x1 = x0 + x.parts * tile;
+      const Block block{values, panel, t0 == 0, begin, end, width, slots, count, x0, x1, low, sums};
       run_block(block, two_row_tiles, n > kTileTokens);
       if (end == steps) to.put(sums, two_row_tiles, t0, n);
     }
@@ -320,40 +225,29 @@ void run_panel(const void* table, const Panel& panel, const void* x, int64_t tok
   _tile_release();
 }
 
+void accumulate(const void* table, const Panel& panel, const Packed& x, void* scratch, char* acc) {
+  run_panel(table, panel, x, scratch, acc, ToNothing{});
+}
+
+// Of scratch memory, what lies behind the slots.
+char* acc_of(void* scratch, int64_t k, int64_t tokens) {
+  return static_cast<char*>(scratch) + slots_of(k, tokens) * kSlot;
+}
+
 void sums(const void* table, const Panel& panel, const void* x, int64_t tokens, void* scratch, float* out) {
-  run_panel(table, panel, x, tokens, scratch, ToSums{out});
+  run_panel(table, panel, {x, tokens, 1}, scratch, acc_of(scratch, panel.k, tokens), ToSums{out});
 }
 
 void product(const void* table, const Panel& panel, const void* x, int64_t tokens, void* scratch, const Outputs& out) {
-  run_panel(table, panel, x, tokens, scratch, ToOutputs{out, panel.rows});
+  run_panel(table, panel, {x, tokens, 1}, scratch, acc_of(scratch, panel.k, tokens), ToOutputs{out, panel.rows});
 }
 
 void pack(const void* const* rows, int64_t count, int64_t k, int64_t width, void* tile) {
-  // Pairs as decode() makes them: word 16 * b + 4 * i + j is element 16 * b + 4 * j + i.
-  alignas(64) uint16_t order[32];
-  for (int w = 0; w < 32; ++w) order[w] = uint16_t(w / 16 * 16 + w % 4 * 4 + w % 16 / 4);
-  const __m512i pairs = _mm512_load_si512(order);
-  const __mmask16 columns = __mmask16((1u << width) - 1);
-  auto* to = static_cast<uint32_t*>(tile);
-  for (int64_t begin = 0; begin < k; begin += kStep, to += 16 * width) {
-    const __mmask32 elements = k - begin < kStep ? 0xffff : 0xffffffff;
-    const auto load = [&](int64_t t) {
-      const auto* row = static_cast<const uint16_t*>(rows[t]) + begin;
-      return _mm512_permutexvar_epi16(pairs, _mm512_maskz_loadu_epi16(elements, row));
-    };
-    if (width == 1) {
-      _mm512_storeu_si512(to, load(0));
-      continue;
-    }
-    __m512i v[16];
-    for (int t = 0; t < 16; ++t) v[t] = t < count ? load(t) : _mm512_setzero_si512();
-    transpose(v);
-    for (int i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(to + i * width, columns, v[i]);
-  }
+  pack_tile(kNvfp4Order, rows, count, k, width, tile);
 }
 
 }  // namespace
 
-const Kernels kKernels = {{sizeof(Table), prepare}, scratch_bytes, pack, sums, product};
+const Kernels kKernels = {{sizeof(Table), prepare}, scratch_bytes, pack, accumulate, sums, product};
 
 }  // namespace n3::nvfp4_linear::amx

@@ -73,7 +73,8 @@ class ExpertParallel:
     rounded once: deterministic. In float32 that is within 1e-6 of the unsharded operator, in 16 bits every partial sum
     is one more rounding. ``"fast"``: a reduce-scatter in float32, in an order that is not promised. ``"exact"``: one
     float32 row for each slot comes back, and the sum is that of the unsharded operator, slot by slot: on the CPU equal
-    to it bit for bit. It sends ``k`` rows for a token and widens dense 16-bit weights on each call: for tests.
+    to it bit for bit (bfloat16 on AMX: but for one rounding). It sends ``k`` rows for a token and widens dense 16-bit
+    weights on each call: for tests.
 
     Headers. Ranks first exchange a header (shapes, dtypes, options, and how many rows go where). A bad argument on one
     rank, or ranks that differ, raise the same `RuntimeError` on every rank. The header costs one all-gather of

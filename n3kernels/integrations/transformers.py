@@ -31,13 +31,15 @@ ARCHITECTURES = {
     "granitemoehybrid": "GraniteMoeHybridRMSNormGated",
     "falcon_h1": "FalconH1RMSNormGated",
 }
+# Plain norms that multiply with their weight before they round, as n3's does. (The others' round in between.)
+_NORMS = {"nemotron_h": "NemotronHRMSNorm"}
 _NVFP4 = f"{__package__}.transformers_nvfp4"  # it imports transformers: only when asked to
 _replaced: dict[str, list[tuple[Any, str, Any]]] = {}  # architecture -> (holder, attribute, what was there)
 
 
 def enable(model: str | object | None = None) -> list[str]:
     """Runs transformers' hybrid models on n3 operators: convolution, scan, state update and gated norm of their
-    Mamba-2 mixers, and the routers and experts of those that have them.
+    Mamba-2 mixers, the routers and experts of those that have them, and Nemotron-H's norms.
 
     It holds for every model of an architecture in this process, loaded before or after, in training and generation,
     with and without cache. Parameters, caches and outputs keep their places, dtypes and names. Besides, the experts
@@ -92,6 +94,8 @@ def _replace(name: str, module: ModuleType) -> list[tuple[Any, str, Any]]:
     norm = getattr(module, ARCHITECTURES[name])
     changes = [(module, attribute, function) for attribute, function in _FUNCTIONS.items()]
     changes.append((norm, "forward", _gated_norm))
+    if name in _NORMS:
+        changes.append((getattr(module, _NORMS[name]), "forward", _norm))
     if name in moe.EXPERTS:
         router, forward = moe.ROUTERS[name]
         changes.append((getattr(module, router), "forward", forward))
@@ -148,6 +152,10 @@ def _gated_norm(self: torch.nn.Module, hidden_states: Tensor, gate: Tensor | Non
         group_size, norm_before_gate = hidden_states.shape[-1] // self.n_groups, self.norm_before_gate
     gate = None if gate is None else gate.to(hidden_states.dtype)
     return gated_rms_norm(hidden_states, gate, self.weight, group_size, self.variance_epsilon, norm_before_gate)
+
+
+def _norm(self: torch.nn.Module, hidden_states: Tensor) -> Tensor:
+    return gated_rms_norm(hidden_states, None, self.weight, hidden_states.shape[-1], self.variance_epsilon)
 
 
 _FUNCTIONS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["not_float64", "one_hot_and_sparse_laws"]
+__all__ = ["columns_are_tokens", "not_float64"]
 
 
 def not_float64(logits: Tensor, *args: object, draft_logits: Tensor | None = None, **kwargs: object) -> str | None:
@@ -15,12 +15,10 @@ def not_float64(logits: Tensor, *args: object, draft_logits: Tensor | None = Non
     return None
 
 
-def one_hot_and_sparse_laws(
-    logits: Tensor, *args: object, mode: str = "greedy", draft_logits: Tensor | None = None, **kwargs: object
+def columns_are_tokens(
+    logits: Tensor, *args: object, draft_logits: Tensor | None = None, draft_vocab: object = None, **kwargs: object
 ) -> str | None:
-    """The Triton kernels of mtp_verify gather a law's tokens, of which a dense law has too many."""
-    if mode in ("relaxed", "typical"):
-        return f"mode {mode} is served by the reference"
-    if draft_logits is not None:
-        return "dense laws (draft_logits) are served by the reference"
-    return not_float64(logits)
+    """The CUDA kernels of mtp_verify read a drafter's logits beside the target's, tile by tile."""
+    if draft_logits is not None and draft_vocab is not None:
+        return "dense laws over a smaller vocabulary (draft_logits with draft_vocab) are served by the reference"
+    return not_float64(logits, draft_logits=draft_logits)

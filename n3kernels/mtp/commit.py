@@ -98,12 +98,10 @@ def _fake(tokens, num_emitted, *rest, **options):
     return (*(tokens.new_empty(b) for _ in range(5)), tokens.new_empty(b * width), tokens.new_empty(b + 1))
 
 
-_LATER = "not written yet"
 _dispatch.register(
     "mtp_commit",
     check=_check,
     fake=_fake,
     reference=reference_commit.mtp_commit,
     triton="n3kernels.triton_ops.mtp.commit:mtp_commit",
-    missing={"cuda": _LATER},
 )

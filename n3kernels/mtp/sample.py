@@ -150,13 +150,11 @@ def _fake(logits, seed, pos, **options):
     )
 
 
-_LATER = "not written yet"
 _dispatch.register(
     "sample",
     check=_check,
     fake=_fake,
     reference=reference.sample,
     triton="n3kernels.triton_ops.mtp.sample:sample",
-    supports={"cpu": not_float64, "triton": not_float64},
-    missing={"cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
 )

@@ -190,12 +190,10 @@ def _fake(draft_tokens, *rest):
     return draft_tokens.new_empty(draft_tokens.shape[0], dtype=torch.int32)
 
 
-_LATER = "not written yet"
 _dispatch.register(
     "thinking_budget",
     check=_check,
     fake=_fake,
     reference=reference.thinking_budget,
     triton="n3kernels.triton_ops.mtp.thinking_budget:thinking_budget",
-    missing={"cuda": _LATER},
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference_verify
-from ._supports import not_float64, one_hot_and_sparse_laws
+from ._supports import columns_are_tokens, not_float64
 from .reference_verify import LOSSY, MODES
 from .sample import check_edits, check_logits, check_slots
 
@@ -199,13 +199,11 @@ def _fake(logits, draft_tokens, cu_rows, seed, pos, *, max_drafts, **options):
     )
 
 
-_LATER = "not written yet"
 _dispatch.register(
     "mtp_verify",
     check=_check,
     fake=_fake,
     reference=reference_verify.mtp_verify,
     triton="n3kernels.triton_ops.mtp.verify:mtp_verify",
-    supports={"cpu": not_float64, "triton": one_hot_and_sparse_laws},
-    missing={"cuda": _LATER},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": columns_are_tokens},
 )

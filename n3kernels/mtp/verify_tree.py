@@ -114,12 +114,11 @@ def _fake(logits, node_tokens, parents, cu_rows, seed, pos, *, max_depth, **opti
     )
 
 
-_LATER = "not written yet"
 _dispatch.register(
     "mtp_verify_tree",
     check=_check,
     fake=_fake,
     reference=reference_verify.mtp_verify_tree,
-    supports={"cpu": not_float64},
-    missing={"triton": _LATER, "cuda": _LATER},
+    triton="n3kernels.triton_ops.mtp.verify_tree:mtp_verify_tree",
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
 )

@@ -37,8 +37,6 @@ def distance(toy: Toy, mode: str, form: str) -> float:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_law_is_the_targets(backend, mode, form, depth):
     not_interpreted(backend)
-    if backend == "triton" and form == "dense":
-        pytest.skip("dense laws are served by the reference")
     support = None if form == "one-hot" else 3
     toy = Toy(4 if depth == 1 else 3, depth, support=support, generator=generator(depth))
     assert distance(toy, mode, form) <= EXACT

@@ -333,17 +333,15 @@ def test_a_smaller_vocabulary_of_the_drafter(backend, mode):
     words = tensor([4, 0, 2], INT)
     logits, own = torch.randn(2, 6), torch.randn(2, 3)
     sparse = {"draft_ids": tensor([[0, 1, 2]] * 2, INT), "draft_probs": own.softmax(1).to(DEVICE)}
-    dense = [] if backend == "triton" else [{"draft_logits": own.to(DEVICE)}]  # the reference serves dense laws there
+    dense = {"draft_logits": own.to(DEVICE)}
     for draft in (4, 0, 2):
-        got = [outcome(logits, [draft], mode=mode, draft_vocab=words, **laws) for laws in (sparse, *dense)]
+        got = [outcome(logits, [draft], mode=mode, draft_vocab=words, **laws) for laws in (sparse, dense)]
         mapped = outcome(logits, [draft], mode=mode, draft_probs=sparse["draft_probs"],
                              draft_ids=words[sparse["draft_ids"].long()])  # fmt: skip
         assert all(g[:2] == mapped[:2] for g in got)
 
 
 def test_lossy_modes(backend):
-    if backend == "triton":
-        pytest.skip("the lossy modes are served by the reference")
     logits = torch.tensor([[2.0, 1.9, 0.0, -9.0], [0.0, 0.0, 3.0, 0.0]])
     near = {"mode": "relaxed", "allow_lossy": True, "relaxed_top_k": 2, "relaxed_delta": 0.1}
     assert outcome(logits, [1], **near)[0] == [1, 2]  # second best, and near
@@ -391,8 +389,6 @@ BAD = [
 
 @pytest.mark.parametrize("change, message", BAD)
 def test_bad_calls(backend, change, message):
-    if backend == "triton" and ("draft_logits" in change or change.get("mode") in ("relaxed", "typical")):
-        pytest.skip("dense laws and lossy modes are served by the reference")
     with pytest.raises(RuntimeError) as error:
         verify(**to_device({**good_call(), **change}))
     assert str(error.value) == f"n3::mtp_verify: {message}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE, fenced
 from laws import HIGH, LOW, Toy, bisect
-from test_laws import EXACT, generator
+from test_laws import EXACT, generator, not_interpreted
 
 from n3kernels import use_backend
 from n3kernels.mtp import reference_verify, verify, verify_tree
@@ -78,10 +78,12 @@ def error(toy: Toy, m: int) -> float:
 
 @pytest.mark.parametrize("m", [1, 2, 3])
 def test_siblings_drawn_independently(backend, m):
+    not_interpreted(backend)
     assert error(Toy(4, 0, support=3, generator=generator(m)), m) <= EXACT
 
 
 def test_distinct_siblings_without_a_law(backend):
+    not_interpreted(backend)
     toy = Toy(4, 0, generator=generator(2))
     assert float((first_token(toy, [(2, 0, 3)], [1.0], {}) - toy.p[()]).abs().sum()) / 2 <= EXACT
 
