@@ -62,7 +62,7 @@ class NVFP4Linear(Linear):
 
 def use_nvfp4(model: Nemotron) -> int:
     """Gives the layers that NVIDIA's recipe trains in NVFP4 those products, and says how many they are: the input
-    projections of Mamba and the shared experts, but for attention, Mamba's output projections (MXFP8 in Nemotron 3),
+    projections of Mamba and the shared experts, but for attention, Mamba's output projections,
     latent projections, head, MTP and the last 15 % of the layers."""
     last = len(model.config.layers) - round(0.15 * len(model.config.layers))
     count = 0

@@ -4,21 +4,14 @@ test_experts_cuda_kernels.py for what that shows."""
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close_to, assert_same_bits, fenced
+from kernel_text import load, needs_emulator
 
 from n3kernels.moe import reference
 from n3kernels.moe._supports import tensor_core_groups
-
-ROOT = Path(__file__).resolve().parents[2]
-needs_sources = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
 
 
 class Call(ctypes.Structure):
@@ -31,16 +24,9 @@ class Call(ctypes.Structure):
     ]
 
 
-def build(folder, sources=ROOT / "csrc"):
-    library, emulator = folder / "moe_grouped.so", ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{sources}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "moe_grouped.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).emulate_grouped_linear
-
-
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulator"))
+def kernel():
+    return load("moe_grouped.cpp").emulate_grouped_linear
 
 
 def run(kernel, x, w, offsets, gather=None, row_scale=None, *, activation=None, sms=3, lazy=2, reverse=False):
@@ -75,7 +61,7 @@ def assert_right(y, x, w, offsets, gather=None, row_scale=None, activation=None)
     assert_close_to(y, truth, acc=1e-5)
 
 
-@needs_sources
+@needs_emulator
 @pytest.mark.parametrize("lazy", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k, n", [(64, 256), (8, 8), (136, 264), (328, 72)])
@@ -87,7 +73,7 @@ def test_agrees_with_the_definition(kernel, k, n, dtype, lazy):
     assert_right(y, x, w, offsets, gather, scale, activation)
 
 
-@needs_sources
+@needs_emulator
 def test_without_gather(kernel):
     x, w, offsets, _ = problem(140, 140, [70, 0, 66], 80, 40)
     y = run(kernel, x, w, offsets)
@@ -95,7 +81,7 @@ def test_without_gather(kernel):
     assert (y[136:] == 0).all()
 
 
-@needs_sources
+@needs_emulator
 def test_rows_that_are_not_there(kernel):
     """A gather below zero: zeros, whatever the scale; one past x and wild offsets: nothing out of range is touched."""
     x, w, offsets, gather = problem(9, 40, [10, 20], 72, 24, first=1)
@@ -112,7 +98,7 @@ def test_rows_that_are_not_there(kernel):
     run(kernel, x, w, torch.tensor([-3, 2**31 - 1, -(2**31)], dtype=torch.int32), gather)
 
 
-@needs_sources
+@needs_emulator
 def test_a_row_does_not_depend_on_the_others(kernel):
     x, w, offsets, gather = problem(30, 150, [140, 10], 200, 272)
     x[3] = float("nan")
@@ -126,7 +112,7 @@ def test_a_row_does_not_depend_on_the_others(kernel):
         assert_same_bits(alone[0], y[row])
 
 
-@needs_sources
+@needs_emulator
 @pytest.mark.parametrize("rows", [0, 5])
 def test_nothing_to_multiply(kernel, rows):
     x, w, offsets, gather = problem(2, rows, [0, 0], 16, 16)

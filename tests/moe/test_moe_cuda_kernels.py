@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import fenced
+from kernel_text import load, needs_emulator
 
 from n3kernels.moe import reference
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
+pytestmark = needs_emulator
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NOTHING = torch.iinfo(torch.int32).min  # in an output: not written
 
@@ -53,12 +48,8 @@ class SortArgs(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "moe.so"
-    emulator = ROOT / "tests" / "cuda_emulator"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{emulator}"]
-    subprocess.run(["g++", *flags, str(emulator / "moe.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+def kernels():
+    loaded = load("moe.cpp")
     loaded.size_of_arguments.restype = loaded.sort_table.restype = c_int64
     loaded.emulate_sort.restype = c_bool
     return loaded
