@@ -131,7 +131,7 @@ STABLE_TORCH_LIBRARY(n3, m) {
   m.def(
       "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, Tensor? up_scale=None, "
       "Tensor? up_global=None, Tensor? down_scale=None, Tensor? down_global=None, Tensor? valid_tokens=None, *, "
-      "str activation='relu2', int first_expert=0) -> Tensor");
+      "str activation='relu2', int first_expert=0, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "moe_experts_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor ids, Tensor weights, "
       "str activation, int first_expert) -> (Tensor, Tensor, Tensor, Tensor)");

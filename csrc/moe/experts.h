@@ -27,10 +27,11 @@ struct Params {
   const int32_t* ids;           // [tokens, top_k]
   const float* weights;         // [tokens, top_k]
   const int32_t* valid_tokens;  // [1] or null
-  void* y;                      // [tokens, width]
+  void* y;                      // [tokens, width] in y_dtype
   int64_t tokens, top_k, experts, width, inner;
   int64_t first_expert;
   Activation activation;
+  ScalarType y_dtype;
   bool dense;
 };
 
@@ -88,7 +89,7 @@ inline std::pair<int64_t, bool> check_weights(const Tensor& x, const Tensor& w_u
 inline Params check(const Tensor& x, const Tensor& w_up, const Tensor& w_down, const Tensor& ids, const Tensor& weights,
                     const OptionalTensor& up_scale, const OptionalTensor& up_global, const OptionalTensor& down_scale,
                     const OptionalTensor& down_global, const OptionalTensor& valid_tokens,
-                    const std::string& activation, int64_t first_expert) {
+                    const std::string& activation, int64_t first_expert, std::optional<ScalarType> out_dtype) {
   check_floating(op, "x", x.scalar_type());
   check_dim(op, "x", x, 2);
   const Activation act = check_activation(activation);
@@ -103,6 +104,9 @@ inline Params check(const Tensor& x, const Tensor& w_up, const Tensor& w_down, c
   check_dtype(op, "weights", weights, ScalarType::Float);
   check_shape(op, "weights", weights, {tokens, top_k});
   N3_CHECK(op, first_expert >= 0, "first_expert must be at least 0, got ", first_expert);
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  N3_CHECK(op, y_dtype == x.scalar_type() || y_dtype == ScalarType::Float,
+           "out_dtype must be float32 or the dtype of x (", dtype_name(x.scalar_type()), "), got ", dtype_name(y_dtype));
   if (valid_tokens) {
     check_dtype(op, "valid_tokens", *valid_tokens, ScalarType::Int);
     check_shape(op, "valid_tokens", *valid_tokens, {1});
@@ -120,7 +124,7 @@ inline Params check(const Tensor& x, const Tensor& w_up, const Tensor& w_down, c
   Params p{};
   p.up.n = up_rows, p.up.k = p.down.n = p.width = width, p.down.k = p.inner = inner;
   p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.first_expert = first_expert;
-  p.activation = act, p.dense = dense;
+  p.activation = act, p.y_dtype = y_dtype, p.dense = dense;
   return p;
 }
 

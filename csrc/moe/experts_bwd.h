@@ -13,7 +13,7 @@ inline Params check(const Tensor& grad_y, const Tensor& x, const Tensor& w_up, c
                     const Tensor& weights, const std::string& activation, int64_t first_expert) {
   N3_CHECK(op, w_up.scalar_type() != ScalarType::Byte,
            "w_up must be dense, got NVFP4: decode it first to train through it");
-  const Params p = moe_experts::check(x, w_up, w_down, ids, weights, {}, {}, {}, {}, {}, activation, first_expert);
+  const Params p = moe_experts::check(x, w_up, w_down, ids, weights, {}, {}, {}, {}, {}, activation, first_expert, {});
   check_same_dtype(op, "grad_y", grad_y, "x", x);
   check_shape(op, "grad_y", grad_y, {p.tokens, p.width});
   check_same_device(op, "grad_y", grad_y, "x", x);

@@ -20,6 +20,7 @@ using n3::buffer;
 using n3::Element;
 using n3::element_size;
 using n3::for_items;
+using n3::ScalarType;
 using n3::moe::Batch;
 using n3::moe::InTiles;
 using n3::moe_experts::op;
@@ -124,8 +125,9 @@ void run_group(const Group& g, const InTiles<Product>& up, const InTiles<Product
 }
 
 // y of some tokens from their slots' rows.
-void combine(const Params& p, Element element, const Tokens& tokens, const float* rows) {
+void combine(const Params& p, const Tokens& tokens, const float* rows) {
   const dense::Kernels& kernels = dense::kernels();
+  const Element element = n3::element_of(p.y_dtype);
   const int64_t width_bytes = p.width * element_size(element);
   for_items(tokens.count, tokens.count * p.top_k * p.width * n3::moe::kCopyWork, [&](const auto& take) {
     const auto sum = buffer<float>(p.width * 4);
@@ -166,17 +168,17 @@ void run(const Params& p, Element element) {
         for (int64_t i = take(); i < count; i = take()) run_some(batches.subspan(i, 1));
       });
     }
-    combine(p, element, tokens, rows.get());
+    combine(p, tokens, rows.get());
   }
 }
 
 Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, const Tensor& ids, const Tensor& weights,
                    const OptionalTensor& up_scale, const OptionalTensor& up_global, const OptionalTensor& down_scale,
                    const OptionalTensor& down_global, const OptionalTensor& valid_tokens,
-                   const std::string& activation, int64_t first_expert) {
+                   const std::string& activation, int64_t first_expert, std::optional<ScalarType> out_dtype) {
   Params p = n3::moe_experts::check(x, w_up, w_down, ids, weights, up_scale, up_global, down_scale, down_global,
-                                    valid_tokens, activation, first_expert);
-  const Tensor y = torch::stable::new_empty(x, {p.tokens, p.width});
+                                    valid_tokens, activation, first_expert, out_dtype);
+  const Tensor y = torch::stable::new_empty(x, {p.tokens, p.width}, p.y_dtype);
   if (p.tokens == 0 || p.width == 0) return y;
   std::vector<Tensor> alive;
   const auto data = [&](const Tensor& t) { return alive.emplace_back(torch::stable::contiguous(t)).const_data_ptr(); };

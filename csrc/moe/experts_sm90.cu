@@ -73,9 +73,9 @@ Tensor run_dense(const moe::Params& p, const sm90::Plan& plan, const Tensor& x, 
 Tensor moe_experts(const Tensor& x, const Tensor& w_up, const Tensor& w_down, const Tensor& ids, const Tensor& weights,
                    const OptionalTensor& up_scale, const OptionalTensor& up_global, const OptionalTensor& down_scale,
                    const OptionalTensor& down_global, const OptionalTensor& valid_tokens, const std::string& activation,
-                   int64_t first_expert) {
+                   int64_t first_expert, std::optional<ScalarType> out_dtype) {
   const moe::Params p = moe::check(x, w_up, w_down, ids, weights, up_scale, up_global, down_scale, down_global,
-                                   valid_tokens, activation, first_expert);
+                                   valid_tokens, activation, first_expert, out_dtype);
   const char* reason = unsupported(p, x);
   if (!reason && p.dense && (!in_rows(w_up) || !in_rows(w_down))) {
     reason = "takes weights whose rows are contiguous and begin at multiples of 16 bytes";

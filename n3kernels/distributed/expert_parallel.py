@@ -73,8 +73,7 @@ class ExpertParallel:
     rounded once: deterministic. In float32 that is within 1e-6 of the unsharded operator, in 16 bits every partial sum
     is one more rounding. ``"fast"``: a reduce-scatter in float32, in an order that is not promised. ``"exact"``: one
     float32 row for each slot comes back, and the sum is that of the unsharded operator, slot by slot: on the CPU equal
-    to it bit for bit (bfloat16 on AMX: but for one rounding). It sends ``k`` rows for a token and widens dense 16-bit
-    weights on each call: for tests.
+    to it bit for bit. It sends ``k`` rows for a token: for tests.
 
     Headers. Ranks first exchange a header (shapes, dtypes, options, and how many rows go where). A bad argument on one
     rank, or ranks that differ, raise the same `RuntimeError` on every rank. The header costs one all-gather of
@@ -433,27 +432,25 @@ class ExpertParallel:
         if self.combine == "exact":
             y = route.collect_slots(self._slots(x, ids, w_up, w_down, call), weights).to(z.dtype)
         else:
-            y = self._experts(x, ids, gains, w_up, w_down, call.scales, call.activation)
+            y = self._experts(x, ids, gains, w_up, w_down, call)
             y = route.collect(y, fast=self.combine == "fast")
         traffic.combined = comm.take_sent()
         return y, *inbox
 
-    def _experts(self, x, ids, weights, w_up, w_down, scales, activation) -> Tensor:
+    def _experts(self, x, ids, weights, w_up, w_down, call: _Call, out_dtype: torch.dtype | None = None) -> Tensor:
         if self.num_local_experts == 0:
-            return torch.zeros_like(x)
+            return torch.zeros_like(x, dtype=out_dtype)
         return torch.ops.n3.moe_experts.default(
-            x, w_up, w_down, ids, weights, *scales, activation=activation, first_expert=self.first_expert
-        )
+            x, w_up, w_down, ids, weights, *call.scales, activation=call.activation, first_expert=self.first_expert,
+            out_dtype=out_dtype,
+        )  # fmt: skip
 
     def _slots(self, x, ids, w_up, w_down, call: _Call) -> Tensor:
         """The float32 row of each local slot, without its weight."""
         wide = torch.promote_types(x.dtype, torch.float32)
         row, column = ((ids >= self.first_expert) & (ids < self.bounds[self.rank + 1])).nonzero(as_tuple=True)
-        if call.scales[0] is None:
-            w_up, w_down = w_up.to(wide), w_down.to(wide)
         one = torch.ones(len(row), 1, dtype=wide, device=x.device)
-        ids = ids[row, column][:, None]
-        return self._experts(x[row].to(wide), ids, one, w_up, w_down, call.scales, call.activation)
+        return self._experts(x[row], ids[row, column][:, None], one, w_up, w_down, call, wide)
 
     def _backward(self, dy, x, ids, gains, w_up, w_down, call: _Call, route: Route, traffic: Traffic, wants: int):
         self._words.that(call.scales[0] is None, "w_up must be dense, got NVFP4: decode it first to train through it")

@@ -19,7 +19,7 @@ def not_float64(*args: object, **kwargs: object) -> str | None:
 
 
 def decode_experts(x, w_up, w_down, ids, weights, up_scale=None, up_global=None, down_scale=None, down_global=None,
-                   valid_tokens=None, *, activation="relu2", first_expert=0) -> str | None:  # fmt: skip
+                   valid_tokens=None, *, activation="relu2", first_expert=0, out_dtype=None) -> str | None:  # fmt: skip
     """What the sm_90 kernels of moe_experts cover; csrc/moe/experts_sm90.cu and experts_nvfp4_sm90.cu say the same."""
     if reason := not_float64(x):
         return reason
@@ -29,6 +29,8 @@ def decode_experts(x, w_up, w_down, ids, weights, up_scale=None, up_global=None,
         return "takes bfloat16 x, got float32: tensor cores would round it"
     if x.dtype == torch.float16:
         return "takes bfloat16 x, got float16: relu2 may pass 65504"
+    if out_dtype not in (None, x.dtype):
+        return "writes bfloat16"
     if up_scale is not None and activation != "relu2":
         return "takes relu2 with NVFP4 weights, not the gated ones"
     experts, width, slots = len(w_up), x.shape[1], ids.numel()

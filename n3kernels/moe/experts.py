@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._autograd import grads_through
-from .._checks import Check
+from .._checks import Check, dtype_name
 from . import reference
 from ._supports import decode_experts, not_float64
 
@@ -27,6 +27,7 @@ def experts(
     activation: str = "relu2",
     first_expert: int = 0,
     valid_tokens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Returns ``y[t] = sum_j weights[t, j] * W_down[e] act(W_up[e] x[t])`` with ``e = ids[t, j] - first_expert``.
 
@@ -42,11 +43,13 @@ def experts(
             ``gelu(g) * u`` with the exact (erf) GELU.
         first_expert: the expert that ``w_up[0]`` holds, for expert parallelism.
         valid_tokens: ``[1]``, int32: rows from this one on are padding, not read, and come out as zeros.
+        out_dtype: that of ``x`` (None) or float32, the sum before it is rounded: for sums over ranks.
     Returns:
-        ``[T, l]``, dtype of ``x``, contiguous. Products and sums are float32, ``j`` ascending, rounded once; NVFP4
+        ``[T, l]``, ``out_dtype``, contiguous. Products and sums are float32, ``j`` ascending, rounded once; NVFP4
         weights are decoded exactly. A kernel may round ``act(...)`` to the digits, though not to the range, of a
         16-bit ``x``: the relative L2 error against the float64 definition is at most 3e-3 there and 1e-5 in float32. A
-        row does not depend on the batch. Differentiable in ``x``, ``weights`` and dense ``w_up``, ``w_down``.
+        row does not depend on the batch. Differentiable in ``x``, ``weights`` and dense ``w_up``, ``w_down``;
+        the gradient of ``y`` is taken in the dtype of ``x``.
     Raises:
         RuntimeError: a shape, dtype or option outside the above, or gradients through NVFP4 weights; the message
             names argument and values.
@@ -61,7 +64,7 @@ def experts(
     w_down, down_scale, down_global = unpack(w_down)
     return torch.ops.n3.moe_experts.default(
         x, w_up, w_down, ids, weights, up_scale, up_global, down_scale, down_global, valid_tokens,
-        activation=activation, first_expert=first_expert,
+        activation=activation, first_expert=first_expert, out_dtype=out_dtype,
     )  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def unpack(w: Tensor | NVFP4Tensor) -> tuple[Tensor, Tensor | None, Tensor | Non
 
 def _check(
     x, w_up, w_down, ids, weights, up_scale=None, up_global=None, down_scale=None, down_global=None,
-    valid_tokens=None, *, activation="relu2", first_expert=0,
+    valid_tokens=None, *, activation="relu2", first_expert=0, out_dtype=None,
 ):  # fmt: skip
     check = Check("moe_experts")
     check.floating("x", x)
@@ -92,6 +95,9 @@ def _check(
     check.dtype("weights", weights, torch.promote_types(x.dtype, torch.float32))
     check.shape("weights", weights, ids.shape)
     check.that(first_expert >= 0, "first_expert must be at least 0", first_expert)
+    if out_dtype not in (None, x.dtype, torch.float32):
+        rule = f"out_dtype must be float32 or the dtype of x ({dtype_name(x.dtype)})"
+        check.that(False, rule, dtype_name(out_dtype))
     if valid_tokens is not None:
         check.dtype("valid_tokens", valid_tokens, torch.int32)
         check.shape("valid_tokens", valid_tokens, (1,))
@@ -142,8 +148,8 @@ def _check_bwd(grad_y, x, w_up, w_down, ids, weights, activation, first_expert):
     check.same_device("x", x, grad_y=grad_y)
 
 
-def _fake(x, *args, **kwargs):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fake(x, *args, out_dtype=None, **kwargs):
+    return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
 def _reference_bwd(grad_y, x, w_up, w_down, ids, weights, activation, first_expert):
@@ -169,7 +175,7 @@ def _backward(ctx, grad_y):
     x, w_up, w_down, ids, weights, valid_tokens = ctx.saved_tensors
     ids = reference.valid_ids(ids, valid_tokens)
     dx, dw_up, dw_down, dweights = torch.ops.n3.moe_experts_bwd.default(
-        grad_y, x, w_up, w_down, ids, weights, *ctx.options
+        grad_y.to(x.dtype), x, w_up, w_down, ids, weights, *ctx.options
     )
     return dx, dw_up, dw_down, None, dweights, None, None, None, None, None
 

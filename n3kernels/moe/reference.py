@@ -147,6 +147,7 @@ def moe_experts(
     *,
     activation: str = "relu2",
     first_expert: int = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     (tokens, k), num_experts = ids.shape, w_up.shape[0]
@@ -172,7 +173,7 @@ def moe_experts(
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for j in range(k):  # the order of the sum is part of the definition
         y = y + gains[:, j, None] * slots[:, j]
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)
 
 
 def valid_ids(ids: Tensor, valid_tokens: Tensor | None) -> Tensor:

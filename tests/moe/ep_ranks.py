@@ -16,11 +16,6 @@ from conftest import assert_same_bits
 from moe_problems import nvfp4
 
 from n3kernels import _dispatch
-
-try:
-    from n3kernels import _host
-except ImportError:  # it is of another Python
-    _host = None
 from n3kernels.distributed import ExpertParallel, plan_traffic
 from n3kernels.moe import experts, latent_moe
 
@@ -129,10 +124,8 @@ def definition(p):
 
 
 def invariant(p):
-    """Whether a row of the unsharded operator has the bits of its float32 slots: not where it may depend on the batch,
-    in the reference, nor where bfloat16 has an order of sums of its own, on AMX."""
-    if p.z.dtype == torch.bfloat16 and (_host is None or _host.cpu_isa() == "amx"):
-        return False
+    """Whether a row of the unsharded operator has the bits of its slots: not where it may depend on the batch, in the
+    reference."""
     args = (p.z, p.w_up, p.w_down, p.ids, p.weights)
     return not isinstance(p.w_up, torch.Tensor) or _dispatch.serving("moe_experts", *args) == "cpu"
 

@@ -63,6 +63,22 @@ def test_agrees_with_the_definition(backend, form, problem):
     assert_right(y, *definition(*tensors, **options))
 
 
+@given(problems)
+def test_float32_output_is_the_sum_before_rounding(backend, form, problem):
+    *tensors, options = inputs(*problem, form)
+    y = experts(*tensors, **options, out_dtype=torch.float32)
+    assert y.dtype == torch.float32 and y.is_contiguous()
+    assert_same_bits(y.to(tensors[0].dtype), experts(*tensors, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_output_has_more_than_16_bits(backend, form, dtype):
+    *tensors, options = inputs(4, 2, 3, 32, 32, 0, "relu2", dtype, form)
+    tensors[3].clamp_(0, 2)
+    y = experts(*tensors, **options, out_dtype=torch.float32)
+    assert (y != y.to(dtype).float()).float().mean() > 0.9
+
+
 # the sizes that the kernels with tensor cores take
 eights = st.integers(1, 9).map(lambda n: 8 * n)
 in_eights = st.tuples(
@@ -272,6 +288,7 @@ BAD = [
     ({"ids": torch.zeros(5, K, dtype=torch.int32)}, "ids must have shape [3, 2], got [5, 2]"),
     ({"weights": torch.zeros(T, K).half()}, "weights must be float32, got float16"),
     ({"weights": torch.zeros(T, 3)}, "weights must have shape [3, 2], got [3, 3]"),
+    ({"out_dtype": torch.float16}, "out_dtype must be float32 or the dtype of x (float32), got float16"),
     ({"first_expert": -1}, "first_expert must be at least 0, got -1"),
     ({"valid_tokens": torch.zeros(1, dtype=torch.int64)}, "valid_tokens must be int32, got int64"),
     ({"valid_tokens": torch.zeros((), dtype=torch.int32)}, "valid_tokens must have shape [1], got []"),

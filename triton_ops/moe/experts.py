@@ -48,9 +48,10 @@ def moe_experts(
     *,
     activation: str = "relu2",
     first_expert: int = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     x, weights = x.contiguous(), weights.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=out_dtype)
     (tokens, k), num_experts = ids.shape, w_up.shape[0]
     if y.numel() == 0:
         return y
