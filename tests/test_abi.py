@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,7 @@ def test_the_wheel_is_of_no_python(wheel):
     assert not [n for n in names if "_host" in n or n.endswith((".cpp", ".cu", ".h"))]
     assert {"n3kernels/_C.so", "n3kernels/_build.json", "n3kernels/tiny/model.safetensors"} <= set(names)
     assert any(n.startswith("n3kernels/triton_ops/") for n in names)
+    assert any(fnmatch(n, "n3kernels/benchmarks/results/*/history.jsonl") for n in names)  # what runs are compared with
 
 
 def test_is_another_torch(other):
