@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import FLOATING, Check
+from .._checks import Check
 from ..moe import reference, reference_layer
-from ..moe.experts import check_expert_weights, unpack
-from ..moe.latent_moe import _check as check_layer
+from ..moe.experts import unpack
+from .checks import check_call, check_layer, checked_map
 from .collectives import Comm
+from .headers import DTYPES, INPUTS, WEIGHTS, Header, Headers
 from .plan import COMBINES, MODES, Traffic, bounds_of, owners, replicate, resolve_mode, tally
 from .routes import AllToAll, Gather, Padded, Route
 
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["ExpertParallel"]
 
 _T = TypeVar("_T")
-_DTYPES = (*FLOATING, torch.float64)
-_INPUTS, _WEIGHTS = 1, 2  # who wants gradients, as bits of a header
-# What has to be the same on every rank, as it stands in a header, and how a message shows it.
-_AGREED: dict[str, Callable[[int], Any]] = {
-    "mode": MODES.__getitem__,
-    "combine": COMBINES.__getitem__,
-    "capacity": lambda n: n or None,
-    "num_experts": int,
-    "splits": lambda crc: f"those of digest {crc:08x}",
-    "expert_map": lambda crc: f"that of digest {crc:08x}" if crc else None,
-    "the last dimension of z": int,
-    "the dtype of z": lambda i: str(_DTYPES[i]).removeprefix("torch."),
-    "the number of columns of ids": int,
-    "the inner size of the experts": int,
-    "the kind of the experts' weights": ("dense", "NVFP4").__getitem__,
-    "activation": reference.ACTIVATIONS.__getitem__,
-}
-_OWN = 3  # numbers of a header that may differ: gradients enabled, gradients wanted, tokens
 
 
 class _Call(NamedTuple):
@@ -135,7 +118,7 @@ class ExpertParallel:
         self.rank, self.world_size = self._comm.rank, self._comm.size
         self.num_experts, self.combine, self.capacity, self.validate = num_experts, combine, capacity, validate
         self.mode = resolve_mode(check, mode, combine, capacity, self.world_size)
-        self._map = None if expert_map is None else _checked_map(check, expert_map, num_experts)
+        self._map = None if expert_map is None else checked_map(check, expert_map, num_experts)
         physical = num_experts
         if self._map is not None:
             physical = int(self._map.max()) + 1 if splits is None else sum(splits)
@@ -144,7 +127,8 @@ class ExpertParallel:
         self.bounds = bounds_of(check, physical, self.world_size, splits)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         of_map = 0 if self._map is None else zlib.crc32(str(self._map_rows()).encode())
-        self._digests = zlib.crc32(str(self.bounds).encode()), of_map
+        agreed = MODES.index(self.mode), COMBINES.index(combine), capacity or 0, num_experts
+        self._headers = Headers(self._comm, check, (*agreed, zlib.crc32(str(self.bounds).encode()), of_map))
         self.last_traffic = Traffic(0)
 
     @property
@@ -266,9 +250,10 @@ class ExpertParallel:
 
         def front() -> tuple[Tensor, ...]:
             up, down = unpack(shared_up), unpack(shared_down)
-            self._check_layer(
-                (x, router_weight, router_bias), w_up, w_down, up, down, (fc1, fc2, latent_norm),
-                top_k=top_k, activation=activation, norm_eps=norm_eps, **routing,
+            check_layer(
+                self._words, (x, router_weight, router_bias), w_up, w_down, (up, down), (fc1, fc2, latent_norm),
+                experts=self.num_experts, local=self.num_local_experts, top_k=top_k, activation=activation,
+                norm_eps=norm_eps, **routing,
             )  # fmt: skip
             tokens = x.flatten(0, -2)
             with torch.autocast(x.device.type, enabled=False):  # as the layer on one rank
@@ -290,7 +275,11 @@ class ExpertParallel:
         w_up, *up = unpack(w_up)
         w_down, *down = unpack(w_down)
         scales = (*up, *down)
-        self._check(z, ids, weights, w_up, w_down, scales, activation, valid_tokens)
+        check_call(
+            self._words, z, ids, weights, w_up, w_down, scales, activation, valid_tokens, local=self.num_local_experts
+        )
+        if self.mode == "gather" and self.capacity is not None:
+            self._words.that(len(z) <= self.capacity, f"capacity must be at least the {len(z)} tokens", self.capacity)
         ends, expert_map = self._tables(z.device)
         ids = reference.valid_ids(ids, valid_tokens)
         if expert_map is not None:
@@ -307,121 +296,39 @@ class ExpertParallel:
                              self.capacity)  # fmt: skip
         return call
 
-    def _check(self, z, ids, weights, w_up, w_down, scales, activation, valid_tokens) -> None:
-        check = self._words
-        check.floating("z", z)
-        check.dim("z", z, 2)
-        tokens = z.shape[0]
-        check.choice("activation", activation, reference.ACTIVATIONS)
-        self._check_local(w_up, w_down)
-        stand_ins = [None if t is None else _as_if(max(len(t), 1), t) for t in (w_up, w_down, *scales)]
-        source = "the last dimension of z"
-        check_expert_weights(check, z.shape[1], source, z, *stand_ins[:2], activation, tuple(stand_ins[2:]))
-        check.dtype("ids", ids, torch.int32)
-        check.dim("ids", ids, 2)
-        check.that(ids.shape[1] >= 1, "ids must have at least 1 column", ids.shape[1])
-        check.shape("ids", ids, (tokens, ids.shape[1]))
-        check.that(ids.numel() < 2**31, "ids must have fewer than 2147483648 elements", ids.numel())
-        check.dtype("weights", weights, torch.promote_types(z.dtype, torch.float32))
-        check.shape("weights", weights, ids.shape)
-        if valid_tokens is not None:
-            check.dtype("valid_tokens", valid_tokens, torch.int32)
-            check.shape("valid_tokens", valid_tokens, (1,))
-        names = ("up_scale", "up_global", "down_scale", "down_global")
-        check.same_device(
-            "z", z, w_up=w_up, w_down=w_down, ids=ids, weights=weights, valid_tokens=valid_tokens,
-            **dict(zip(names, scales, strict=True)),
-        )  # fmt: skip
-        if self.mode == "gather" and self.capacity is not None:
-            check.that(tokens <= self.capacity, f"capacity must be at least the {tokens} tokens", self.capacity)
-
-    def _check_local(self, w_up, w_down) -> None:
-        for name, w in (("w_up", w_up), ("w_down", w_down)):
-            self._words.dim(name, w, 3)
-            rule = f"{name} must have the {self.num_local_experts} experts of this rank"
-            self._words.that(w.shape[0] == self.num_local_experts, rule, w.shape[0])
-
-    def _check_layer(self, inputs, w_up, w_down, shared_up, shared_down, latent, **options) -> None:
-        """The checks of `latent_moe`, to which this rank's experts pose as all of them."""
-        w_up, *up = unpack(w_up)
-        w_down, *down = unpack(w_down)
-        self._check_local(w_up, w_down)
-        check, experts = self._words, inputs[1].shape[0]
-        rule = f"router_weight must have the {self.num_experts} experts of the plan"
-        check.that(experts == self.num_experts, rule, experts)
-        posing = [None if t is None else _as_if(experts, t) for t in (w_up, w_down, *up, *down)]
-        (shared_up, *of_up), (shared_down, *of_down) = shared_up, shared_down
-        check_layer(*inputs, *posing[:2], shared_up, shared_down, *latent, *posing[2:], *of_up, *of_down, **options)
-
     @property
     def _silent(self) -> bool:
         """Whether calls go without headers."""
         return self.capacity is not None and not self.validate
 
     def _together(self, work: Callable[[], _T]) -> _T:
-        """Does what can fail on this rank alone; if it does, all ranks hear of it in place of this rank's header."""
-        try:
-            return work()
-        except Exception as error:
-            if self._silent:
-                raise
-            length = 1 + len(_AGREED) + _OWN + 2 * self.world_size
-            self._raise_together(self._comm.gather_numbers([1] + [0] * (length - 1)), error)
-
-    def _raise_together(self, headers: list[list[int]], error: Exception | None = None) -> NoReturn:
-        words = self._comm.gather_texts("" if error is None else str(error).removeprefix("n3::expert_parallel: "))
-        failed = (f"rank {r}: {words[r]}" for r, header in enumerate(headers) if header[0])
-        raise RuntimeError("n3::expert_parallel: " + "; ".join(failed)) from error
+        return work() if self._silent else self._headers.together(work)
 
     def _meet(self, call: _Call) -> tuple[int, Route]:
         """Exchanges the headers; returns who wants gradients, and the way of the rows."""
         wants = 0
         if torch.is_grad_enabled():
-            wants |= _INPUTS * (call.z.requires_grad or call.weights.requires_grad)
-            wants |= _WEIGHTS * (call.w_up.requires_grad or call.w_down.requires_grad)
-        plan = self._comm, call.ids, self.bounds[-1]
-        n, headers = self.world_size, []
+            wants |= INPUTS * (call.z.requires_grad or call.weights.requires_grad)
+            wants |= WEIGHTS * (call.w_up.requires_grad or call.w_down.requires_grad)
+        headers = []
         if not self._silent:
-            mine = [0] * (2 * n)
+            rows = slots = [0] * self.world_size
             if call.counts is not None:
-                mine = [*(call.counts > 0).sum(0).tolist(), *call.counts.sum(0).tolist()]
-            own = [int(torch.is_grad_enabled()), wants, len(call.z)]
-            headers = self._comm.gather_numbers([0, *self._agreed(call), *own, *mine])
-            wants = self._compare(headers)
+                rows, slots = (call.counts > 0).sum(0).tolist(), call.counts.sum(0).tolist()
+            mine = Header(torch.is_grad_enabled(), wants, len(call.z), rows, slots)
+            headers = self._headers.exchange(_agreed(call), mine)
+            for header in headers:
+                wants |= header.wants
+        plan = self._comm, call.ids, self.bounds[-1]
         if self.mode == "gather":
-            route = Gather(*plan, self.capacity or max(h[-2 * n - 1] for h in headers))
+            route = Gather(*plan, self.capacity or max(header.tokens for header in headers))
         elif self.capacity is not None:
             return wants, Padded(*plan, call.counts, self.capacity)
         else:
-            route = AllToAll(*plan, call.counts, [h[-2 * n : -n] for h in headers])
+            route = AllToAll(*plan, call.counts, [header.rows for header in headers])
         if call.owner is not None:
-            route.know_slots(call.owner, [h[-n:] for h in headers])
+            route.know_slots(call.owner, [header.slots for header in headers])
         return wants, route
-
-    def _agreed(self, call: _Call) -> list[int]:
-        return [
-            MODES.index(self.mode), COMBINES.index(self.combine), self.capacity or 0, self.num_experts, *self._digests,
-            call.z.shape[1], _DTYPES.index(call.z.dtype), call.ids.shape[1],
-            call.w_down.shape[2] * (1 if call.scales[0] is None else 2), int(call.scales[0] is not None),
-            reference.ACTIVATIONS.index(call.activation),
-        ]  # fmt: skip
-
-    def _compare(self, headers: list[list[int]]) -> int:
-        """Raises where ranks differ, on every rank alike; returns who wants gradients on any of them."""
-        if any(header[0] for header in headers):
-            self._raise_together(headers)
-        for i, (what, show) in enumerate(_AGREED.items(), 1):
-            want = headers[0][i]
-            for r, header in enumerate(headers):
-                rule = f"{what} must be {show(want)} as on rank 0"
-                self._words.that(header[i] == want, rule, lambda h=header, i=i, s=show, r=r: f"{s(h[i])} on rank {r}")
-        wants = 0
-        for header in headers:
-            wants |= header[len(_AGREED) + 2]
-        off = [r for r, header in enumerate(headers) if not header[len(_AGREED) + 1]]
-        rule = "gradients must be enabled on every rank or wanted on none"
-        self._words.that(not (wants and off), rule, lambda: f"torch.is_grad_enabled() False on rank {off[0]}")
-        return wants
 
     def _forward(self, z, weights, w_up, w_down, call: _Call, route: Route, traffic: Traffic) -> tuple[Tensor, ...]:
         """The result, and what the experts got, for the backward pass."""
@@ -463,7 +370,7 @@ class ExpertParallel:
         else:
             dx, dw_up, dw_down, dgains = (torch.zeros_like(t) for t in (x, w_up, w_down, gains))
         dz = dweights = None
-        if wants & _INPUTS:
+        if wants & INPUTS:
             dz, dweights = route.collect_grads(dx, dgains)
         traffic.backward += self._comm.take_sent()
         return dz, dweights, dw_up, dw_down
@@ -498,22 +405,10 @@ class _Function(torch.autograd.Function):
         return *needed, None, None, None, None, None, None
 
 
-def _checked_map(check: Check, expert_map: Tensor, num_experts: int) -> Tensor:
-    """``[E, R]`` on the CPU: the physical experts of each expert, -1 behind the last."""
-    check.dtype("expert_map", expert_map, torch.int32)
-    check.dim("expert_map", expert_map, 1, 2)
-    check.shape("expert_map", expert_map, (num_experts, *expert_map.shape[1:]))
-    table = expert_map.detach().cpu().reshape(num_experts, -1)
-    used = table >= 0
-    check.that(bool(used[:, :1].all()), "expert_map must give every expert a physical one in the first column")
-    holes = used[:, 1:] & ~used[:, :-1]
-    check.that(not bool(holes.any()), "expert_map must have its -1 behind the physical experts of a row")
-    taken = table[used].tolist()
-    check.that(len(set(taken)) == len(taken), "expert_map must name a physical expert once at most")
-    return table
-
-
-def _as_if(experts: int, t: Tensor) -> Tensor:
-    """A stack of so many experts in the shape of ``t``, for checks; it takes no memory."""
-    one = t.detach()[:1] if len(t) else t.new_empty(1, *t.shape[1:])
-    return one.expand(experts, *t.shape[1:])
+def _agreed(call: _Call) -> list[int]:
+    """What a call has to have in common with those of the other ranks."""
+    packed = call.scales[0] is not None
+    return [
+        call.z.shape[1], DTYPES.index(call.z.dtype), call.ids.shape[1], call.w_down.shape[2] * (2 if packed else 1),
+        int(packed), reference.ACTIVATIONS.index(call.activation),
+    ]  # fmt: skip
