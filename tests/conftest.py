@@ -189,13 +189,25 @@ def pytest_sessionfinish(session):
     path = Path(session.config.getoption("--prove-to") or Path(n3kernels.__file__).parent / "proven.json")
     record = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    arch, device = _dispatch._cuda_arch(), torch.cuda.get_device_name()
-    for name, which in sorted(_failed | set(_passed)):
-        ops = record.setdefault(arch, {}).setdefault(name, {})
-        ops.pop(which, None)
-        passed = _passed[name, which]
-        if passed and (name, which) not in _failed and which in ("cuda", "triton"):
-            today = datetime.date.today().isoformat()
-            ops[which] = {"device": device, "date": today, "commit": commit or "unknown", "passed": passed}
+    run = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
+    run["commit"] = commit or "unknown"
+    keep_record(record.setdefault(_dispatch._cuda_arch(), {}), _passed, _failed, was_whole(session), run)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def was_whole(session) -> bool:
+    """Whether no test was left out by name and none was left undone."""
+    chosen = session.config.getoption("keyword") or session.config.getoption("markexpr") not in ("", "not slow")
+    chosen = chosen or any("::" in arg for arg in session.config.args)
+    return not (chosen or session.shouldstop or session.shouldfail or session.exitstatus not in (0, 1))
+
+
+def keep_record(ops: dict, passed: Counter, failed: set, whole: bool, run: dict) -> None:
+    """Into ``{operator: {backend: ...}}``, what was proven: a part of the tests proves nothing, but disproves."""
+    for name, which in sorted(failed | set(passed)):
+        backends = ops.setdefault(name, {})
+        if whole or (name, which) in failed:
+            backends.pop(which, None)
+        if whole and (name, which) not in failed and which in ("cuda", "triton"):
+            backends[which] = {**run, "passed": passed[name, which]}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import keep_record, was_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("n3_gpu_script", ROOT / "scripts" / "gpu.py")
@@ -155,3 +158,27 @@ def test_needs_a_gpu(monkeypatch, capsys):
     assert "no GPU is visible" in capsys.readouterr().err
     assert gpu.main(["--dry-run", "--steps", "bench"]) == 0
     assert "bench: bench_linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_part_of_the_tests_proves_nothing_but_disproves(whole):
+    before = {"moe_sort": {"cuda": {"passed": 9}, "triton": {"passed": 9}}, "sample": {"cuda": {"passed": 9}}}
+    passed = Counter({("moe_sort", "cuda"): 3, ("moe_route", "cuda"): 4, ("moe_route", "reference"): 4})
+    keep_record(before, passed, {("moe_sort", "triton"), ("moe_route", "triton")}, whole, {"commit": "c"})
+    kept = {(op, b): facts["passed"] for op, backends in before.items() for b, facts in backends.items()}
+    proven = {("moe_sort", "cuda"): 3, ("moe_route", "cuda"): 4} if whole else {("moe_sort", "cuda"): 9}
+    assert kept == {**proven, ("sample", "cuda"): 9}
+
+
+@pytest.mark.parametrize(
+    "change, whole",
+    [({}, True), ({"exitstatus": 1}, True), ({"keyword": "sort"}, False), ({"markexpr": "slow"}, False),
+     ({"args": ["t.py::test_a"]}, False), ({"shouldfail": "stopping after 1 failures"}, False),
+     ({"exitstatus": 2}, False)],
+)  # fmt: skip
+def test_which_runs_are_whole(change, whole):
+    facts = {"keyword": "", "markexpr": "not slow", "args": ["tests/moe"]}
+    facts = {**facts, "shouldstop": False, "shouldfail": False, "exitstatus": 0, **change}
+    config = SimpleNamespace(args=facts["args"], getoption=lambda name: facts[name])
+    session = SimpleNamespace(config=config, **{k: facts[k] for k in ("shouldstop", "shouldfail", "exitstatus")})
+    assert was_whole(session) is whole
