@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/written.h"
 #include "conv1d_engine.h"
+#include "written_slots.h"
 
 #define N3_LANES 4  // the vectors every x86-64 and AArch64 has
 #include "conv1d_lanes.h"
@@ -133,6 +135,7 @@ class Keeper {
 
 void run(const Params& p) {
   const std::vector<Sequence> sequences = sequences_of(p);
+  mamba::check_distinct(op, sequences);
   clear_padding(p, sequences, p.taps.channels, p.y);
   convolve(p, sequences);
   keep_states(p, sequences);
@@ -156,6 +159,7 @@ Tensor forward_slots(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const std::optional<std::string>& activation) {
   Params p = check_slots(x, weight, bias, conv_state, state_indices, has_initial, cu_seqlens, checkpoint_tokens,
                          checkpoint_indices, activation);
+  check_written(op, "conv_state", conv_state);
   const Tensor y = torch::stable::new_empty(x, x.sizes());
   p.y = y.mutable_data_ptr();
   run(p);

@@ -1,7 +1,8 @@
 // causal_conv1d: y_t = act(bias + sum_k weight[:, k] * x_{t-W+1+k}) per channel; states are raw inputs.
 #pragma once
+#include "../common/hopper.cuh"
 #include "conv1d_plan.h"
-#include "stage_kernel.cuh"
+#include "views.cuh"
 
 namespace n3::causal_conv1d {
 
@@ -27,9 +28,9 @@ struct Args {
   View has_initial;            // bool; data null: all
   IndexView cu_seqlens;        // data null: every sequence has `length` tokens
   IndexView checkpoint_tokens, checkpoint_indices;
-  void* y;                     // contiguous [tokens, C]
+  void* y;                     // contiguous [tokens, C]; dtype of x, or Saturated
   int64_t sequences, tokens, length, kept, slots, checkpoints;
-  int64_t tiles, channel_blocks;
+  uint32_t tiles, channel_blocks;  // of the grid
 };
 
 // Tokens [begin, end) of sequence s; behind the last sequence s = sequences: padding.
@@ -53,6 +54,11 @@ N3_DEVICE Span span_at(const Args& a, int64_t token) {
   }
   const int64_t begin = a.cu_seqlens(low);
   return {low, begin, low < a.sequences ? a.cu_seqlens(low + 1) : a.tokens};
+}
+
+N3_DEVICE Span span_of(const Args& a, int64_t s) {
+  if (!a.cu_seqlens.data) return {s, s * a.length, (s + 1) * a.length};
+  return {s, a.cu_seqlens(s), a.cu_seqlens(s + 1)};
 }
 
 // The slot of a sequence, -1 for padding.
@@ -106,16 +112,29 @@ N3_DEVICE void load_inputs(const Args& a, const Span& span, int64_t slot, int64_
   }
 }
 
+// The final state of a sequence in a slot, by one of kBlock threads for each channel; `block` counts those of all
+// sequences. To be called when nobody reads the slots any more.
+template <typename T, int kBlock>
+N3_DEVICE void write_final_state(const Args& a, uint32_t block) {
+  const int64_t s = block / a.channel_blocks;
+  const int64_t c = int64_t(block % a.channel_blocks) * kBlock + threadIdx.x, slot = slot_of(a, s);
+  if (c >= a.taps.channels || slot < 0) return;
+  const Span span = span_of(a, s);
+  write_state<T>(a, span, slot, slot, span.end - 1, c);
+}
+
 //   grid  plan().blocks: tiles of kTile tokens, then checkpoints, then (without slots) final states; for each the
 //         blocks of kThreads * kVector channels
 //   block kThreads     smem  none
 // A thread slides along the tokens of its channels, with up to 4 taps the last inputs in registers (kFew); any more are
-// read again, from the caches. With states in slots the final states are left to final_kernel: the first tile of a
+// read again, from the caches. With states in slots the final states are left to a later launch: the first tile of a
 // sequence may still have to read the slot. Blocks per SM: without, ptxas spills on sm_100.
-template <typename T, int kVector, bool kFew>
+template <typename T, typename Y, int kVector, bool kFew>
 __global__ __launch_bounds__(kThreads, kVector > 4 ? 3 : 6) void forward_kernel(const Args a) {
+  hopper::let_next_start();
+  hopper::wait_for_previous();
   const int64_t part = blockIdx.x / a.channel_blocks;
-  const int64_t c = (blockIdx.x % a.channel_blocks * kThreads + threadIdx.x) * kVector;
+  const int64_t c = (int64_t(blockIdx.x % a.channel_blocks) * kThreads + threadIdx.x) * kVector;
   if (c >= a.taps.channels) return;
   if (part >= a.tiles) {
     const int64_t k = part - a.tiles;
@@ -128,8 +147,7 @@ __global__ __launch_bounds__(kThreads, kVector > 4 ? 3 : 6) void forward_kernel(
       for (int i = 0; i < kVector; ++i) write_state<T>(a, span, from, to, token, c + i);
     } else {
       const int64_t s = k - a.checkpoints;
-      Span span{s, s * a.length, (s + 1) * a.length};
-      if (a.cu_seqlens.data) span.begin = a.cu_seqlens(s), span.end = a.cu_seqlens(s + 1);
+      const Span span = span_of(a, s);
       for (int i = 0; i < kVector; ++i) write_state<T>(a, span, s, s, span.end - 1, c + i);
     }
     return;
@@ -190,9 +208,9 @@ __global__ __launch_bounds__(kThreads, kVector > 4 ? 3 : 6) void forward_kernel(
       }
       sum[0] = a.taps.last(sum[0]);
     }
-    T* to = static_cast<T*>(a.y) + t * a.taps.channels + c;
+    Y* to = static_cast<Y*>(a.y) + t * a.taps.channels + c;
     if constexpr (kVector == 1) {
-      *to = device::narrow<T>(sum[0]);
+      *to = device::narrow<Y>(sum[0]);
     } else {
       mamba::store_vector(to, sum);
     }
@@ -203,12 +221,7 @@ __global__ __launch_bounds__(kThreads, kVector > 4 ? 3 : 6) void forward_kernel(
 //   grid  sequences * channel_blocks     block kThreads     smem  none
 template <typename T>
 __global__ __launch_bounds__(kThreads) void final_kernel(const Args a) {
-  const int64_t s = blockIdx.x / a.channel_blocks;
-  const int64_t c = blockIdx.x % a.channel_blocks * kThreads + threadIdx.x, slot = slot_of(a, s);
-  if (c >= a.taps.channels || slot < 0) return;
-  Span span{s, s * a.length, (s + 1) * a.length};
-  if (a.cu_seqlens.data) span.begin = a.cu_seqlens(s), span.end = a.cu_seqlens(s + 1);
-  write_state<T>(a, span, slot, slot, span.end - 1, c);
+  write_final_state<T, kThreads>(a, blockIdx.x);
 }
 
 }  // namespace n3::causal_conv1d

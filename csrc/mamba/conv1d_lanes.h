@@ -1,5 +1,6 @@
 // The convolution over rows of channels, compiled once per instruction set by a file that defines N3_LANES.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -38,6 +39,18 @@ N3_LANE_FN void outputs(const Fir& f, int64_t t, int64_t c) {
   }
 }
 
+// A line of each of the rows that come in with the next kTokens outputs, spread over the channels in it.
+template <typename X, int kWidth>
+N3_LANE_FN void ask_for_next(const Fir& f, int64_t t, int64_t c) {
+  constexpr int64_t kSteps = std::max<int64_t>(1, 64 / int64_t(kLanes * sizeof(X)));  // over the channels of a line
+  constexpr int64_t kEach = (kTokens + kSteps - 1) / kSteps;
+  const int64_t first = c / kLanes % kSteps * kEach;
+  if (first >= kTokens) return;
+  for (int64_t i = first; i < first + kEach; ++i) {
+    __builtin_prefetch(row_of<X>(f.x, t + kTokens + kWidth - 1 + i, c));
+  }
+}
+
 // One output of n <= kLanes channels, of any width.
 template <typename X, typename Y>
 void any_output(const Fir& f, int64_t t, int64_t c, int64_t n) {
@@ -53,7 +66,11 @@ void fir_of_width(const Fir& f) {
   int64_t t = 0;
   const int64_t whole = f.channels / kLanes * kLanes;
   for (; t + kTokens <= f.tokens; t += kTokens) {
-    for (int64_t c = 0; c < whole; c += kLanes) outputs<X, Y, kWidth, kTokens>(f, t, c);
+    const bool more = t + 2 * kTokens <= f.tokens;
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      if (more) ask_for_next<X, kWidth>(f, t, c);
+      outputs<X, Y, kWidth, kTokens>(f, t, c);
+    }
   }
   for (; t < f.tokens; ++t) {
     for (int64_t c = 0; c < whole; c += kLanes) outputs<X, Y, kWidth, 1>(f, t, c);

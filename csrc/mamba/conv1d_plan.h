@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "partial_sums_plan.h"
+
 namespace n3::causal_conv1d {
 
 constexpr int kThreads = 128;
@@ -19,6 +21,20 @@ struct Plan {
 inline Plan plan(int64_t tokens, int64_t states, int64_t channels, int64_t vector) {
   const int64_t tiles = ceil_div(tokens, kTile), channel_blocks = ceil_div(channels, kThreads * vector);
   return {tiles, states, channel_blocks, (tiles + states) * channel_blocks};
+}
+
+// Pieces of the tokens, behind them the sequences whose initial states have gradients.
+struct BackwardPlan {
+  mamba::Pieces pieces;
+  int64_t channel_blocks, blocks;
+};
+
+constexpr int64_t kBackwardVector = 4;  // channels of a thread: the window, its gradients and the sums fill registers
+
+inline BackwardPlan backward_plan(int64_t tokens, int64_t states, int64_t channels, int64_t vector) {
+  const mamba::Pieces pieces = mamba::pieces(tokens);
+  const int64_t channel_blocks = ceil_div(channels, kThreads * vector);
+  return {pieces, channel_blocks, (pieces.count + states) * channel_blocks};
 }
 
 }  // namespace n3::causal_conv1d

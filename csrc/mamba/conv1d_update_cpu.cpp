@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/written.h"
 #include "conv1d_engine.h"
+#include "written_slots.h"
 
 namespace n3::causal_conv1d {
 namespace {
@@ -38,6 +40,18 @@ void check_parents(const UpdateParams& p) {
   }
 }
 
+void check_distinct(const UpdateParams& p) {
+  mamba::WrittenSlots written;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t source = source_of(p, b);
+    if (source < 0) continue;
+    if (p.where == Destination::kSource) written.add(source);
+    if (p.where == Destination::kLast) written.add(p.destination(b));
+    for (int64_t t = 0; p.where == Destination::kEach && t < tokens_of(p, b); ++t) written.add(p.destination(b, t));
+  }
+  written.check(update_op, p.where == Destination::kSource ? "state_indices" : "dst_state_indices");
+}
+
 void check_values(const UpdateParams& p) {
   check_below("state_indices", p.source, p.batch, std::max<int64_t>(1, p.source_cols), p.slots);
   check_below("dst_state_indices", p.destination, p.batch, p.where == Destination::kEach ? p.tokens : 1, p.slots);
@@ -56,6 +70,7 @@ void check_values(const UpdateParams& p) {
   for (int64_t b = 0; p.cache_seqlens.data && b < p.batch; ++b) {
     N3_CHECK(update_op, p.cache_seqlens(b) >= 0, "cache_seqlens must be at least 0, got ", p.cache_seqlens(b));
   }
+  check_distinct(p);
 }
 
 // ---- one sequence in one tile
@@ -215,6 +230,7 @@ Tensor update(const Tensor& x, Tensor conv_state, const Tensor& weight, const Op
               const OptionalTensor& cache_seqlens, const std::optional<std::string>& activation) {
   UpdateParams p = check_update(x, conv_state, weight, bias, state_indices, dst_state_indices, num_accepted,
                                 num_tokens, parents, cache_seqlens, activation);
+  check_written(update_op, "conv_state", conv_state);
   const Tensor y = torch::stable::new_empty(x, x.sizes());
   p.y = y.mutable_data_ptr();
   check_values(p);

@@ -11,6 +11,7 @@ template <typename T>
 void launch_typed(const char* op, const UpdateArgs& a, cudaStream_t stream) {
   const int64_t blocks = a.slots.batch * a.channel_blocks;
   if (blocks == 0) return;  // a grid of 0 blocks is a launch error
+  mamba::check_grid(op, blocks);
   update_kernel<T><<<uint32_t(blocks), kUpdateThreads, 0, stream>>>(a);
   N3_CUDA_CHECK(op, cudaGetLastError());
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "conv1d_kernel.cuh"
 #include "conv1d_update_plan.h"
+#include "stage_kernel.cuh"
 
 namespace n3::causal_conv1d {
 
@@ -149,8 +150,8 @@ struct Channel {
 // on sm_120.
 template <typename T>
 __global__ __launch_bounds__(kUpdateThreads, 4) void update_kernel(const UpdateArgs a) {
-  const int64_t b = blockIdx.x / a.channel_blocks;
-  const int64_t c = blockIdx.x % a.channel_blocks * kUpdateThreads + threadIdx.x;
+  const mamba::Digits at = mamba::digits(blockIdx.x, a.slots.batch, a.channel_blocks);
+  const int64_t b = at.middle, c = at.inner * kUpdateThreads + threadIdx.x;
   if (c >= a.taps.channels) return;
   const Channel<T> channel(a, b, c);
   channel.convolve([&](int64_t t, float y) { mamba::store(a.y, offset(a.y, b, t, c), y); });

@@ -28,6 +28,18 @@ N3_DEVICE void load_chunk(const void* data, int64_t at, int64_t stride, int64_t 
   }
 }
 
+template <typename T, bool kVectors>
+N3_DEVICE void store_chunk(T* to, int64_t count, const float (&v)[kChunk]) {
+  if constexpr (kVectors) {
+    mamba::store8(to, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i < count) to[i] = device::narrow<T>(v[i]);
+    }
+  }
+}
+
 template <bool kVectors>
 N3_DEVICE void load_weight(const View& w, int64_t first, int64_t count, float (&out)[kChunk]) {
   const int64_t at = first * w.strides[0];
@@ -36,13 +48,17 @@ N3_DEVICE void load_weight(const View& w, int64_t first, int64_t count, float (&
   load_chunk<device::BF16, kVectors>(w.data, at, w.strides[0], count, out);
 }
 
-// What is normalised; `gate` becomes silu(z).
-template <typename T, bool kVectors>
-N3_DEVICE void load_gated(const Args& a, int64_t row, int64_t first, int64_t end, float (&h)[kChunk],
-                          float (&gate)[kChunk]) {
-  load_chunk<T, kVectors>(a.x.data, offset(a.x, row, first), a.x.strides[1], end - first, h);
+// Columns begin .. end of a row, whose first elements are x[x], z[z] and y[y].
+struct Group {
+  int64_t x, z, y, begin, end;
+};
+
+// What is normalised, from column `first` on; `gate` becomes silu(z).
+template <typename X, typename T, bool kVectors>
+N3_DEVICE void load_gated(const Args& a, const Group& g, int64_t first, float (&h)[kChunk], float (&gate)[kChunk]) {
+  load_chunk<X, kVectors>(a.x.data, g.x + first * a.x.strides[1], a.x.strides[1], g.end - first, h);
   if (!a.z.data) return;
-  load_chunk<T, kVectors>(a.z.data, offset(a.z, row, first), a.z.strides[1], end - first, gate);
+  load_chunk<T, kVectors>(a.z.data, g.z + first * a.z.strides[1], a.z.strides[1], g.end - first, gate);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     gate[i] = mamba::silu(gate[i]);
@@ -50,27 +66,9 @@ N3_DEVICE void load_gated(const Args& a, int64_t row, int64_t first, int64_t end
   }
 }
 
-//   grid  plan().blocks     block block_threads(kThreads), kThreads to a group     smem  one word per warp
-// Two passes over the group, the second from the caches: a group is at most a few thousand elements. A thread sums its
-// chunks in order, then the lanes pairwise, then the warps in order: the bits depend on the group alone, and not on
-// whether x, z and weight could be read in vectors, rows and groups at multiples of 16 bytes (kVectors).
-template <typename T, int kThreads, bool kVectors>
-__global__ __launch_bounds__(block_threads(kThreads), !kVectors ? 1 : kThreads > 128 ? 2 : 8) void forward_kernel(
-    const Args a) {
-  constexpr int kPerBlock = block_threads(kThreads) / kThreads;
-  const int64_t index = int64_t(blockIdx.x) * kPerBlock + threadIdx.x / kThreads;
-  const int lane = threadIdx.x % kThreads;
-  const bool inside = index < a.rows * a.groups;
-  const int64_t row = inside ? index / a.groups : 0, begin = inside ? index % a.groups * a.group_size : 0;
-  const int64_t end = inside ? begin + a.group_size : 0;  // an idle warp has an empty group
-
-  float h[kChunk], gate[kChunk], weight[kChunk];
-  float sum = 0.f;
-  for (int64_t i = begin + lane * kChunk; i < end; i += kThreads * kChunk) {
-    load_gated<T, kVectors>(a, row, i, end, h, gate);
-#pragma unroll
-    for (int k = 0; k < kChunk; ++k) sum = fmaf(h[k], h[k], sum);
-  }
+// The sum over the threads of a group, in each of them. Not to be called twice without a barrier between.
+template <int kThreads>
+N3_DEVICE float group_sum(float sum) {
   sum = device::warp_sum(sum);
   if constexpr (kThreads > 32) {
     __shared__ float of_warp[kThreads / 32];
@@ -80,26 +78,59 @@ __global__ __launch_bounds__(block_threads(kThreads), !kVectors ? 1 : kThreads >
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) sum += of_warp[w];
   }
-  const float rstd = 1.f / sqrtf(sum / float(a.group_size) + a.eps);
+  return sum;
+}
 
-  T* y = static_cast<T*>(a.y) + row * a.groups * a.group_size;
-  for (int64_t i = begin + lane * kChunk; i < end; i += kThreads * kChunk) {
-    load_gated<T, kVectors>(a, row, i, end, h, gate);
-    load_weight<kVectors>(a.weight, i, end - i, weight);
+// What `lane` of the kThreads of a group does; `begin` == `end`: an empty group. Two passes over the group, the second
+// from the caches: a group is at most a few thousand elements. A thread sums its chunks in order, then the lanes
+// pairwise, then the warps in order: the bits depend on the group alone, and not on whether x, z and weight could be
+// read in vectors, rows and groups at multiples of 16 bytes (kVectors). y may lie in the place of x, whose elements X may
+// differ in type from those T of z and y, not in size.
+template <typename X, typename T, int kThreads, bool kVectors>
+N3_DEVICE void normalise_group(const Args& a, const Group& g, int lane) {
+  float h[kChunk], gate[kChunk], weight[kChunk];
+  float sum = 0.f;
+  for (int64_t i = g.begin + lane * kChunk; i < g.end; i += kThreads * kChunk) {
+    load_gated<X, T, kVectors>(a, g, i, h, gate);
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) sum = fmaf(h[k], h[k], sum);
+  }
+  const float rstd = 1.f / sqrtf(group_sum<kThreads>(sum) / float(a.group_size) + a.eps);
+
+  for (int64_t i = g.begin + lane * kChunk; i < g.end; i += kThreads * kChunk) {
+    load_gated<X, T, kVectors>(a, g, i, h, gate);
+    load_weight<kVectors>(a.weight, i, g.end - i, weight);
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
       h[k] = h[k] * rstd * weight[k];
       if (a.z.data && a.norm_before_gate) h[k] *= gate[k];
     }
-    if constexpr (kVectors) {
-      mamba::store8(y + i, h);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kChunk; ++k) {
-        if (i + k < end) y[i + k] = device::narrow<T>(h[k]);
-      }
-    }
+    store_chunk<T, kVectors>(static_cast<T*>(a.y) + g.y + i, g.end - i, h);
   }
+}
+
+// Row and group of a thread of `block`; false behind the last.
+template <int kThreads>
+N3_DEVICE bool group_of(const Args& a, uint32_t block, int64_t& row, int64_t& begin) {
+  constexpr uint32_t kPerBlock = block_threads(kThreads) / kThreads;
+  const uint32_t index = block * kPerBlock + threadIdx.x / kThreads, groups = uint32_t(a.groups);
+  row = index / groups, begin = index % groups * a.group_size;
+  return row < a.rows;
+}
+
+//   grid  plan().blocks     block block_threads(kThreads), kThreads to a group     smem  one word per warp
+template <typename T, int kThreads, bool kVectors>
+__global__ __launch_bounds__(block_threads(kThreads), !kVectors ? 1 : kThreads > 128 ? 2 : 8) void forward_kernel(
+    const Args a) {
+  Group g{};  // of an idle warp: empty
+  int64_t row;
+  if (group_of<kThreads>(a, blockIdx.x, row, g.begin)) {
+    g.x = row * a.x.strides[0], g.z = row * a.z.strides[0], g.y = row * a.groups * a.group_size;
+    g.end = g.begin + a.group_size;
+  } else {
+    g.begin = 0;
+  }
+  normalise_group<T, T, kThreads, kVectors>(a, g, threadIdx.x % kThreads);
 }
 
 }  // namespace n3::gated_norm

@@ -18,6 +18,7 @@ struct Row {
   int64_t groups, group_size;
   float eps;
   bool norm_before_gate;
+  const void* next_z = nullptr;  // will be asked for in the next call; null: what lies behind z
 };
 
 // One group of one row. dweight is added to.

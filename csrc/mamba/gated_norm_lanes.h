@@ -84,8 +84,8 @@ float inverse_rms(float sum_of_squares, int64_t n, float eps) {
 }
 
 template <typename X, typename T, Gate kGate>
-void forward_group(const void* x_data, const void* z_data, const float* weight, void* y_data, float* scratch,
-                   int64_t n, float eps) {
+void forward_group(const void* x_data, const void* z_data, const void* next_z, const float* weight, void* y_data,
+                   float* scratch, int64_t n, float eps) {
   In<X> x_in(x_data, n);
   In<T> z_in(z_data, n);
   In<float> w_in(weight, n);
@@ -108,9 +108,9 @@ void forward_group(const void* x_data, const void* z_data, const float* weight, 
     const T* z = kGate == kAfterNorm ? z_in.at(i) : nullptr;
     const float* w = w_in.at(i);
     T* y = y_out.at(i);
-    // The next group, which lies behind this one: its first pass would wait for memory, this one computes.
+    // The next group, whose first pass would wait for memory, while this one computes; its x lies behind this one's.
     prefetch(static_cast<const X*>(x_data) + n + i);
-    if constexpr (kGate != kNone) prefetch(static_cast<const T*>(z_data) + n + i);
+    if constexpr (kGate != kNone) prefetch(static_cast<const T*>(next_z) + i);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       F32 h;
@@ -134,8 +134,11 @@ void forward(const Row& row) {
                                             : forward_group<X, T, kBeforeNorm>;
   for (int64_t g = 0; g < row.groups; ++g) {
     const int64_t at = g * row.group_size;
-    group(static_cast<const X*>(row.x) + at, row.z ? static_cast<const T*>(row.z) + at : nullptr, row.weight + at,
-          static_cast<T*>(row.y) + at, row.scratch, row.group_size, row.eps);
+    const T* z = row.z ? static_cast<const T*>(row.z) + at : nullptr;
+    const bool last = row.next_z && g + 1 == row.groups;
+    const void* next_z = !z || last ? row.next_z : z + row.group_size;
+    group(static_cast<const X*>(row.x) + at, z, next_z, row.weight + at, static_cast<T*>(row.y) + at, row.scratch,
+          row.group_size, row.eps);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/element.h"
+#include "../common/written.h"
 #include "conv1d_engine.h"
 #include "gated_norm_kernels.h"
 #include "mixer.h"
@@ -64,6 +65,9 @@ Tensor decode(const Tensor& zxbcdt, const Tensor& conv_weight, const OptionalTen
   DecodeParams p = check_decode(zxbcdt, conv_weight, conv_bias, conv_state, ssm_state, A, D, dt_bias, norm_weight,
                                 state_indices, dst_state_indices, num_accepted, num_tokens, parents, state_scale, seed,
                                 rounding, group_size, eps, norm_before_gate, activation, dt_softplus, dt_min, dt_max);
+  check_written(decode_op, "conv_state", conv_state);
+  check_written(decode_op, "ssm_state", ssm_state);
+  check_written(decode_op, "state_scale", state_scale);
   const Mixer& m = p.mixer;
   ssm_update::Params& s = p.ssm;
   std::vector<int64_t> shape(zxbcdt.sizes().begin(), zxbcdt.sizes().end());

@@ -22,6 +22,7 @@ void launch_rows(const mamba2::DecodeArgs& a, const mamba2::DecodePlan& plan, cu
   const auto kernel = mamba2::decode_kernel<State, RowT>;
   N3_CUDA_CHECK(mamba2::decode_op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                         int(mamba2::kDecodeShared)));
+  mamba::check_grid(mamba2::decode_op, plan.blocks);
   kernel<<<uint32_t(plan.blocks), mamba2::kDecodeThreads, size_t(plan.shared_bytes), stream>>>(a);
   N3_CUDA_CHECK(mamba2::decode_op, cudaGetLastError());
 }
@@ -52,6 +53,7 @@ void launch(mamba2::DecodeArgs& a, const mamba2::DecodePlan& plan, const Tensor&
   s.y = mamba::contiguous_view(u, ScalarType::Float, s.slots.tokens, s.heads, s.head_dim);
   update::launch(mamba2::decode_op, s, stream);
   const int64_t groups = inner / a.norm.group_size;
+  mamba::check_grid(mamba2::decode_op, rows * groups);
   mamba2::finish_kernel<mamba2::kDecodeThreads>
       <<<uint32_t(rows * groups), mamba2::kDecodeThreads, 0, stream>>>(a.norm, s.slots, u, groups);
   N3_CUDA_CHECK(mamba2::decode_op, cudaGetLastError());

@@ -75,7 +75,8 @@ __global__ __launch_bounds__(kDecodeThreads, 2) void decode_kernel(const DecodeA
 #endif
   __shared__ float of_warp[kDecodeThreads / 32];
   const ssm_update::Args& ssm = a.ssm;
-  const int64_t g = blockIdx.x % a.groups, b = blockIdx.x / a.groups, tokens = ssm.slots.tokens;
+  const mamba::Digits at_block = mamba::digits(blockIdx.x, ssm.slots.batch, a.groups);
+  const int64_t g = at_block.inner, b = at_block.middle, tokens = ssm.slots.tokens;
   const int64_t heads = ssm.heads_per_group, inner = heads * ssm.head_dim, first_head = g * heads;
   const int64_t source = ssm.slots.read(b), count = source < 0 ? 0 : ssm.slots.count(b);
   for (int64_t i = threadIdx.x; i < (tokens - count) * inner; i += kDecodeThreads) {
@@ -155,7 +156,8 @@ template <int kThreads>
 __global__ __launch_bounds__(kThreads) void finish_kernel(const NormArgs a, const mamba::Slots slots, float* u,
                                                           int64_t groups) {
   __shared__ float of_warp[kThreads / 32];
-  const int64_t j = blockIdx.x % groups, t = blockIdx.x / groups % slots.tokens, b = blockIdx.x / groups / slots.tokens;
+  const mamba::Digits at = mamba::digits(blockIdx.x, slots.tokens, groups);
+  const int64_t j = at.inner, t = at.middle, b = at.outer;
   if (slots.read(b) < 0 || t >= slots.count(b)) {
     for (int64_t i = threadIdx.x; i < a.group_size; i += kThreads) {
       mamba::store(a.y, offset(a.y, b, t, j * a.group_size + i), 0.f);

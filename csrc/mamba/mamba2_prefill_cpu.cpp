@@ -11,11 +11,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/element.h"
+#include "../common/written.h"
 #include "conv1d_engine.h"
 #include "gated_norm_kernels.h"
 #include "mixer.h"
 #include "sequences_cpu.h"
 #include "ssm_update_call.h"
+#include "written_slots.h"
 
 #define N3_LANES 4  // for the gate of a mixer without norm
 #include "../common/lanes.h"
@@ -46,14 +48,23 @@ class Finish {
       : p_(p), m_(p.mixer), norm_(weights.norm), out_(out), element_(element_of(p.z.dtype)),
         size_(element_size(p.z.dtype)), scratch_(gated_norm::scratch_floats(m_.group_size)) {}
 
-  void run(const float* y, const ConvSequence& s, int64_t number, int64_t token, int64_t first, int64_t count) {
+  const char* z_at(const ConvSequence& s, int64_t number, int64_t token, int64_t first) const {
     const Operand& o = p_.z;
     const int64_t start = number * o.strides[0] + (p_.conv.length ? 0 : s.row) * o.strides[1];
-    const char* z = static_cast<const char*>(o.data) + (start + token * o.strides[1] + first) * size_;
-    char* to = static_cast<char*>(out_) + ((s.row + token) * m_.inner + first) * size_;
+    return static_cast<const char*>(o.data) + (start + token * o.strides[1] + first) * size_;
+  }
+
+  char* out_at(const ConvSequence& s, int64_t token, int64_t first) const {
+    return static_cast<char*>(out_) + ((s.row + token) * m_.inner + first) * size_;
+  }
+
+  void run(const float* y, const ConvSequence& s, int64_t number, int64_t token, int64_t first, int64_t count) {
+    const char* z = z_at(s, number, token, first);
+    char* to = out_at(s, token, first);
     if (m_.norm_weight.data) {
       kernels_.forward_from_float[element_]({y, z, norm_.data() + first, to, scratch_.data(), count / m_.group_size,
-                                             m_.group_size, m_.eps, m_.norm_before_gate});
+                                             m_.group_size, m_.eps, m_.norm_before_gate,
+                                             z + p_.z.strides[1] * size_});
       return;
     }
     switch (element_) {
@@ -82,6 +93,25 @@ class Finish {
 };
 
 // ---- one group of heads of a sequence
+
+// Rows of memory to ask for, line by line. They lie pages apart, where the hardware does not look ahead.
+struct Ahead {
+  static constexpr int64_t kLine = 64;
+
+  const char* row;
+  int64_t step, bytes, rows, byte = 0;
+
+  int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
+
+  // Of the next `lines` lines; returns how many of them were left.
+  int64_t ask(int64_t lines) {
+    for (; lines > 0 && rows > 0; --lines) {
+      __builtin_prefetch(row + byte, 0, 2);
+      if ((byte += kLine) >= bytes) byte = 0, row += step, --rows;
+    }
+    return lines;
+  }
+};
 
 // A thread's memory for one item after the other.
 class GroupMixer final : public ssd_scan::Stage {
@@ -119,9 +149,16 @@ class GroupMixer final : public ssd_scan::Stage {
     ssd_scan::kernels().run(scan, item, ssd_scan::scratch_of_thread(scratch_floats(scan, item)));
   }
 
-  void before(int64_t start, int64_t n) override {
+  void before(int64_t start, int64_t n, int64_t steps) override {
     for (const Range& r : ranges_) convolve(r, start, n);
     if (whole_) scan_->y = whole_ + (sequence_->row + start) * m_.inner;
+    look_ahead(start, n, steps);
+  }
+
+  void meanwhile() override {
+    for (int64_t left = lines_of_step_; left > 0 && next_ < ahead_.size(); next_ += left > 0) {
+      left = ahead_[next_].ask(left);
+    }
   }
 
   void after(int64_t start, int64_t n) override {
@@ -154,6 +191,26 @@ class GroupMixer final : public ssd_scan::Stage {
     }
   }
 
+  // What the end of this chunk reads and writes, and what the next one reads.
+  void look_ahead(int64_t start, int64_t n, int64_t steps) {
+    ahead_.clear(), next_ = 0;
+    if (!whole_) {
+      const char* z = finish_.z_at(*sequence_, number_, start, channel_);
+      ahead_.push_back({z, p_.z.strides[1] * size_, count_ * size_, n});
+      ahead_.push_back({finish_.out_at(*sequence_, start, channel_), m_.inner * size_, count_ * size_, n});
+    }
+    const Operand& x = p_.conv.x;
+    const int64_t next = start + kChunk, rows = std::min(kChunk, sequence_->length - next);
+    for (const Range& r : ranges_) {
+      const int64_t at = sequence_->offset + next * x.strides[1] + r.channels.first;
+      ahead_.push_back({static_cast<const char*>(x.data) + at * size_, x.strides[1] * size_, r.channels.count * size_,
+                        rows});
+    }
+    int64_t lines = 0;
+    for (const Ahead& a : ahead_) lines += std::max<int64_t>(a.lines(), 0);
+    lines_of_step_ = (lines + steps - 1) / std::max<int64_t>(steps, 1);
+  }
+
   void convolve(const Range& r, int64_t start, int64_t n) {
     const Operand& o = p_.conv.x;
     const int64_t tap_stride = taps_.stride();
@@ -181,6 +238,9 @@ class GroupMixer final : public ssd_scan::Stage {
   std::vector<char> history_;
   std::vector<const void*> rows_;
   Range ranges_[3];
+  std::vector<Ahead> ahead_;
+  size_t next_ = 0;  // of ahead_
+  int64_t lines_of_step_ = 0;
   const ConvSequence* sequence_ = nullptr;
   int64_t number_ = 0, channel_ = 0, count_ = 0;  // the sequence's number; the item's first channel and their number
   ssd_scan::Params* scan_ = nullptr;
@@ -198,6 +258,7 @@ int64_t parts_of_group(const PrefillParams& p) {
 void run(const PrefillParams& p, void* out) {
   const Mixer& m = p.mixer;
   const std::vector<ConvSequence> sequences = causal_conv1d::sequences_of(p.conv);
+  mamba::check_distinct(prefill_op, sequences);
   causal_conv1d::clear_padding(p.conv, sequences, m.inner, out);
 
   Weights weights{{causal_conv1d::kernels(), p.conv.taps, m.channels}, {}};
@@ -269,6 +330,8 @@ Tensor prefill(const Tensor& given, const Tensor& conv_weight, const OptionalTen
                                         dt_bias, norm_weight, has_initial, cu_seqlens, checkpoint_tokens,
                                         checkpoint_indices, group_size, eps, norm_before_gate, activation, chunk_size,
                                         dt_softplus, dt_min, dt_max);
+  check_written(prefill_op, "conv_state", conv_state);
+  check_written(prefill_op, "ssm_state", ssm_state);
   mamba::check_prefill_values(prefill_op, "zxbcdt", p.conv);
   std::vector<int64_t> shape(zxbcdt.sizes().begin(), zxbcdt.sizes().end());
   shape.back() = p.mixer.inner;

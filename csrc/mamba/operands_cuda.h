@@ -25,6 +25,11 @@ inline View view_of(const Operand& o) {
   return {o.data, type_of(o.dtype), {o.strides[0], o.strides[1], o.strides[2], o.strides[3]}};
 }
 
+// Kernels divide the number of a block in 32 bits.
+inline void check_grid(const char* op, int64_t blocks) {
+  N3_CHECK(op, blocks <= INT32_MAX, "the CUDA kernel takes at most 2^31 - 1 blocks, got ", blocks);
+}
+
 // A contiguous output [a, b, c, d]; trailing sizes 1 may be left out.
 inline View contiguous_view(void* data, ScalarType type, int64_t b, int64_t c = 1, int64_t d = 1) {
   return {data, type_of(type), {b * c * d, c * d, d, 1}};
@@ -55,8 +60,8 @@ struct Copies {
   Staged operator[](int i) const { return {copied, of[i]}; }
 };
 
-// Copies the states of the sequences whose slots others will write; nothing where each writes the slot it reads. `like`
-// has the device of the states.
+// Copies the states of the sequences whose slots others will write; nothing where each writes the slot it reads. Which
+// these are, only the device knows: there is room for all. `like` has the device of the states.
 Copies stage(const char* op, const Slots& slots, const std::vector<Source>& list, const Tensor& like,
              cudaStream_t stream);
 

@@ -13,7 +13,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/written.h"
 #include "sequences_cpu.h"
+#include "written_slots.h"
 #include "ssd_scan_lanes.h"
 
 namespace n3::ssd_scan {
@@ -81,6 +83,7 @@ int64_t parts_of_group(const Params& p, const std::vector<Sequence>& sequences, 
 void run_cpu(const Params& p) {
   std::vector<Sequence> sequences = sequences_of(p);
   if (p.slots || p.state_indices.data) add_checkpoints(p, sequences);
+  mamba::check_distinct(op, sequences);
   const int64_t last = p.cu_seqlens.data ? p.cu_seqlens(p.sequences) : p.tokens;
   fill_zeros(p, last, p.tokens - last);
 
@@ -133,6 +136,7 @@ Tensor scan_slots(const Tensor& x, const Tensor& dt, const Tensor& A, const Tens
                   int64_t chunk_size, bool dt_softplus, double dt_min, std::optional<double> dt_max) {
   Params p = check_slots(x, dt, A, B, C, D, z, dt_bias, state, state_indices, has_initial, cu_seqlens,
                          checkpoint_tokens, checkpoint_indices, chunk_size, dt_softplus, dt_min, dt_max);
+  check_written(op, "state", state);
   const Tensor y = torch::stable::new_empty(x, x.sizes());
   p.y = y.mutable_data_ptr();
   run_cpu(p);

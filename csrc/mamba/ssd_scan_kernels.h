@@ -25,7 +25,10 @@ struct Checkpoint {
 // the chunk alone, row i that of its token i, all sequences' in one place.
 class Stage {
  public:
-  virtual void before(int64_t start, int64_t tokens) = 0;  // of the chunk in its sequence
+  // Of the chunk in its sequence; steps: how often meanwhile() will be called.
+  virtual void before(int64_t start, int64_t tokens, int64_t steps) = 0;
+  // Between tiles of the scan: to ask for memory that before() and after() will go to.
+  virtual void meanwhile() = 0;
   virtual void after(int64_t start, int64_t tokens) = 0;
 
  protected:

@@ -148,7 +148,10 @@ class Scan {
     for (int64_t i = item_.begin; i < item_.end; ++i) read_state(i);
     for (start_ = 0; start_ < item_.length; start_ += kChunk) {
       n_ = std::min(kChunk, item_.length - start_);
-      if (item_.stage) item_.stage->before(start_, n_);
+      if (item_.stage) {
+        const int64_t tiles = (whole_tiles(n_) + whole_tiles(p_.d_state)) / kTileRows;
+        item_.stage->before(start_, n_, tiles * (item_.end - item_.begin));
+      }
       share_group();
       for (int64_t i = item_.begin; i < item_.end; i = (i / panels_ + 1) * panels_) run_head(i / panels_);
       if (item_.stage) item_.stage->after(start_, n_);
@@ -273,6 +276,7 @@ class Scan {
     float *H = state(panel), *y = y_ + at * kRows * kPanel;
     for (int64_t row = 0; row < n_; row += kTileRows) {
       prefetch(row, head, at * kPanel);
+      if (item_.stage) item_.stage->meanwhile();
       Tile<V> tile;
       tile.zero();
       if (start_ > 0 || starts_from_state()) {
@@ -355,6 +359,7 @@ class Scan {
   template <int V>
   void advance(const float* H, int64_t n, const float* xw, float* out) {
     for (int64_t row = 0; row < p_.d_state; row += kTileRows) {
+      if (item_.stage) item_.stage->meanwhile();
       Tile<V> tile;
       tile.load(H + row * kPanel, kPanel);
       tile.scale(decays_.from_start[n - 1]);

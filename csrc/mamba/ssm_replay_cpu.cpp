@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/cpu.h"
+#include "../common/written.h"
 #include "ssm_replay.h"
 #include "ssm_update_call.h"
+#include "written_slots.h"
 
 #define N3_LANES 4  // the vectors every x86-64 and AArch64 has
 #include "ssm_replay_lanes.h"
@@ -39,6 +41,12 @@ void check_slot_values(const char* op, const Indices& source, int64_t batch, int
   int64_t largest = -1;
   for (int64_t b = 0; source.data && b < batch; ++b) largest = std::max(largest, source(b));
   N3_CHECK(op, largest < slots, "state_indices must be below the number of slots ", slots, ", got ", largest);
+}
+
+void check_distinct(const char* op, const Indices& source, int64_t batch) {
+  mamba::WrittenSlots written;
+  for (int64_t b = 0; b < batch; ++b) written.add(source(b));
+  written.check(op, "state_indices");
 }
 
 int64_t element_bytes(const Operand& o) { return o.dtype == ScalarType::Float ? 4 : 2; }
@@ -109,8 +117,13 @@ Tensor update(Tensor state, Tensor ring_x, Tensor ring_B, Tensor ring_dt, const 
               const OptionalTensor& parents, bool dt_softplus, double dt_min, std::optional<double> dt_max) {
   const UpdateParams p = check_update(state, ring_x, ring_B, ring_dt, ring_pos, x, dt, A, B, C, D, z, dt_bias,
                                       state_indices, parents, dt_softplus, dt_min, dt_max);
+  check_written("ssm_replay_update", "state", state);
+  check_written("ssm_replay_update", "ring_x", ring_x);
+  check_written("ssm_replay_update", "ring_B", ring_B);
+  check_written("ssm_replay_update", "ring_dt", ring_dt);
   check_slot_values("ssm_replay_update", p.source, p.batch, p.slots);
   const std::vector<int32_t> parent = checked_parents("ssm_replay_update", p);
+  check_distinct("ssm_replay_update", p.source, p.batch);
   const Tensor y = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
 
   const Layout layout{{p.state.strides[1], p.state.strides[2], p.state.strides[3]}, {0, 0}};
@@ -168,7 +181,7 @@ class Mover {
     for (int64_t row = 0; row < rows; ++row) {
       const char* in = slot + (place(from) * o.strides[1] + row * (rows > 1 ? o.strides[2] : 0)) * size;
       char* out = slot + (place(to) * o.strides[1] + row * (rows > 1 ? o.strides[2] : 0)) * size;
-      if (stride == 1) {
+      if (stride == 1 && n > 0) {  // of no elements there is no memory
         std::memmove(out, in, n * size);
       } else {
         for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * stride * size, in + i * stride * size, size);
@@ -189,12 +202,17 @@ void commit(Tensor ring_pos, Tensor ring_x, Tensor ring_B, Tensor ring_dt, const
             const OptionalTensor& path, const OptionalTensor& state_indices) {
   constexpr const char* op = "ssm_replay_commit";
   const CommitParams p = check_commit(ring_pos, ring_x, ring_B, ring_dt, num_accepted, tokens, path, state_indices);
+  check_written(op, "ring_pos", ring_pos);
+  check_written(op, "ring_x", ring_x);
+  check_written(op, "ring_B", ring_B);
+  check_written(op, "ring_dt", ring_dt);
   check_slot_values(op, p.source, p.batch, p.ring.slots);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t accepted = p.num_accepted(b);
     N3_CHECK(op, accepted >= 0 && accepted <= tokens, "num_accepted must be between 0 and ", tokens, ", got ",
              accepted);
   }
+  check_distinct(op, p.source, p.batch);
   constexpr int64_t kThreadWork = 1 << 16;  // elements moved
   const int64_t entry = p.path.data ? p.heads * p.head_dim * tokens : 1;
   torch::stable::parallel_for(0, p.batch, std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, entry)),
@@ -218,7 +236,10 @@ void commit(Tensor ring_pos, Tensor ring_x, Tensor ring_B, Tensor ring_dt, const
 void flush(Tensor state, Tensor ring_pos, const Tensor& ring_x, const Tensor& ring_B, const Tensor& ring_dt,
            const Tensor& A, const OptionalTensor& state_indices) {
   const FlushParams p = check_flush(state, ring_pos, ring_x, ring_B, ring_dt, A, state_indices);
+  check_written("ssm_replay_flush", "state", state);
+  check_written("ssm_replay_flush", "ring_pos", ring_pos);
   check_slot_values("ssm_replay_flush", p.source, p.batch, p.slots);
+  check_distinct("ssm_replay_flush", p.source, p.batch);
   const Layout layout{{p.state.strides[1], p.state.strides[2], p.state.strides[3]}, {0, 0}};
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < p.batch; ++b) {

@@ -24,6 +24,7 @@ replay::RingView view_of(const replay::Ring& r) {
 
 template <typename State, typename RowT, bool kTree>
 void launch_rows(const char* op, const replay::Args& a, const update::Plan& plan, cudaStream_t stream) {
+  mamba::check_grid(op, plan.blocks);
   replay::replay_kernel<State, RowT, kTree><<<uint32_t(plan.blocks), update::kThreads, 0, stream>>>(a);
   N3_CUDA_CHECK(op, cudaGetLastError());
 }
@@ -99,6 +100,7 @@ void ssm_replay_commit(const Tensor& ring_pos, const Tensor& ring_x, const Tenso
                      p.batch, p.ring.slots, p.tokens, p.heads, p.head_dim, p.groups, p.d_state,
                      replay::move_blocks(p.heads * (p.head_dim + 1) + p.groups * p.d_state)};
   if (path && p.batch * a.blocks > 0) {
+    mamba::check_grid(op, p.batch * a.blocks);
     replay::move_kernel<replay::kMoveThreads><<<uint32_t(p.batch * a.blocks), replay::kMoveThreads, 0, stream>>>(a);
     N3_CUDA_CHECK(op, cudaGetLastError());
   }

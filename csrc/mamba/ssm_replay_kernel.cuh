@@ -46,9 +46,10 @@ __global__ __launch_bounds__(ssm_update::kThreads, ssm_update::blocks_per_sm<Sta
 
   const ssm_update::Args& a = args.ssm;
   const RingView& ring = args.ring;
-  const int64_t tile = blockIdx.x % a.tiles, h = blockIdx.x / a.tiles % a.heads, b = blockIdx.x / a.tiles / a.heads;
+  const mamba::Digits at = mamba::digits(blockIdx.x, a.heads, a.tiles);
+  const int64_t tile = at.inner, h = at.middle, b = at.outer;
   const int lane = threadIdx.x % kLanes, r = threadIdx.x / kLanes;
-  const int64_t p = tile * kRows + r, g = h / a.heads_per_group, tokens = a.slots.tokens;
+  const int64_t p = tile * kRows + r, g = uint32_t(h) / uint32_t(a.heads_per_group), tokens = a.slots.tokens;
   const bool active = p < a.head_dim;
   const int64_t slot = a.slots.read(b);
   if (slot < 0) {
@@ -156,7 +157,8 @@ struct MoveArgs {
 // The path rises: a value is read before another is moved onto it, both by one thread.
 template <int kThreads>
 __global__ __launch_bounds__(kThreads) void move_kernel(const MoveArgs a) {
-  const int64_t b = blockIdx.x / a.blocks, i = blockIdx.x % a.blocks * kThreads + threadIdx.x, slot = a.slot_of(b);
+  const mamba::Digits at = mamba::digits(blockIdx.x, a.batch, a.blocks);
+  const int64_t b = at.middle, i = at.inner * kThreads + threadIdx.x, slot = a.slot_of(b);
   const int64_t of_x = a.heads * a.head_dim, of_B = a.groups * a.d_state;
   if (slot < 0 || i >= of_x + of_B + a.heads) return;
   const View& ring = i < of_x ? a.ring.x : i < of_x + of_B ? a.ring.B : a.ring.dt;

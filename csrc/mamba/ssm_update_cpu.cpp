@@ -1,4 +1,5 @@
 #include "ssm_update_call.h"
+#include "written_slots.h"
 
 #include <algorithm>
 #include <cstring>
@@ -8,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/cpu.h"
+#include "../common/written.h"
 
 #define N3_LANES 4  // the vectors every x86-64 and AArch64 has
 #include "ssm_update_lanes.h"
@@ -205,6 +207,9 @@ Call::Call(const char* op, const Params& p)
   resolve_sources(op, p);
   resolve_parents(op, p);
   resolve_destinations(p);
+  mamba::WrittenSlots written;
+  for (const int64_t slot : written_slots_) written.add(slot);
+  written.check(op, p.where == Destination::kSource ? "state_indices" : "dst_state_indices");
   copy_endangered_sources(p);
 }
 
@@ -228,6 +233,8 @@ Tensor ssm_update(const Tensor& state, const Tensor& x, const Tensor& dt, const 
                   bool dt_softplus, double dt_min, std::optional<double> dt_max) {
   Params p = check(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dst_state_indices, num_accepted, num_tokens,
                    parents, state_scale, seed, rounding, dt_softplus, dt_min, dt_max);
+  check_written("ssm_update", "state", state);
+  check_written("ssm_update", "state_scale", state_scale);
   const Tensor y = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   p.y = y.mutable_data_ptr();
   const Call call(op, p);

@@ -17,6 +17,7 @@ template <typename State>
 void launch_state(const char* op, Args a, cudaStream_t stream) {
   const Plan p = plan(a.slots.batch, a.heads, a.head_dim, a.d_state, a.vectors);
   if (p.blocks == 0) return;  // a grid of 0 blocks is a launch error
+  mamba::check_grid(op, p.blocks);
   a.tiles = p.tiles;
   const bool tree = a.slots.parents.data;
   if (!p.shape.vectors) return launch_rows<State, mamba::Row<32, 8, false>, true>(op, a, p, stream);  // a chain too

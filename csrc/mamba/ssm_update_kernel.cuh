@@ -120,9 +120,10 @@ __global__ __launch_bounds__(kThreads, blocks_per_sm<State, RowT, kTree>()) void
   __shared__ bool restarts[kSteps];
   __shared__ int filled;
 
-  const int64_t tile = blockIdx.x % a.tiles, h = blockIdx.x / a.tiles % a.heads, b = blockIdx.x / a.tiles / a.heads;
+  const mamba::Digits at = mamba::digits(blockIdx.x, a.heads, a.tiles);
+  const int64_t tile = at.inner, h = at.middle, b = at.outer;
   const int lane = threadIdx.x % kLanes, r = threadIdx.x / kLanes;
-  const int64_t p = tile * kRows + r, g = h / a.heads_per_group;
+  const int64_t p = tile * kRows + r, g = uint32_t(h) / uint32_t(a.heads_per_group);
   const bool active = p < a.head_dim;
   const int64_t source = a.slots.read(b), count = source < 0 ? 0 : a.slots.count(b);
   for (int64_t t = count; t < a.slots.tokens; ++t) {

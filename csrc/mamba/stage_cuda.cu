@@ -7,7 +7,7 @@ namespace n3::mamba {
 Copies stage(const char* op, const Slots& slots, const std::vector<Source>& list, const Tensor& like,
              cudaStream_t stream) {
   Copies copies;
-  if (slots.where == Where::kSource || slots.batch == 0) return copies;
+  if (slots.where == Where::kSource || slots.batch <= 1) return copies;  // there is no other who could write
   Sources sources{};
   int64_t bytes = 0;
   for (Source s : list) {

@@ -10,6 +10,33 @@ namespace n3::mamba {
 using device::BF16;
 using device::F16;
 
+// A float16 that becomes +-65504 instead of infinite: what passes between the parts of a mixer, from inputs of 16 bits.
+struct Saturated {
+  uint16_t bits;
+};
+
+}  // namespace n3::mamba
+
+namespace n3::device {
+
+N3_DEVICE float widen(mamba::Saturated v) { return widen(F16{v.bits}); }
+
+template <>
+N3_DEVICE uint32_t pack<mamba::Saturated>(float lo, float hi) {
+#if defined(__CUDACC__)
+  uint32_t w;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+#else
+  const auto clamp = [](float v) { return v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v; };  // NaN stays
+  return pack<F16>(clamp(lo), clamp(hi));
+#endif
+}
+
+}  // namespace n3::device
+
+namespace n3::mamba {
+
 enum class Type : int32_t { kFloat, kHalf, kBFloat16, kInt8, kE4m3, kBool };
 
 // Strides count elements.
@@ -94,6 +121,16 @@ struct IndexView {
     return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
   }
 };
+
+// The number of a block as digits, the last one running fastest: in 32 bits, for the launchers' check_grid().
+struct Digits {
+  int64_t outer, middle, inner;
+};
+
+N3_DEVICE Digits digits(uint32_t block, int64_t middles, int64_t inners) {
+  const uint32_t rest = block / uint32_t(inners), count = uint32_t(middles);
+  return {rest / count, rest % count, block % uint32_t(inners)};
+}
 
 N3_DEVICE int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 

@@ -12,6 +12,7 @@ from .._checks import Check
 
 __all__ = [
     "check_below",
+    "check_distinct",
     "check_ends",
     "check_prefill",
     "check_update",
@@ -27,6 +28,13 @@ __all__ = [
 def check_below(op: str, name: str, indices: Tensor | None, state: Tensor) -> None:
     if indices is not None and indices.numel() and (largest := int(indices.max())) >= len(state):
         Check(op).fail(f"{name} must be below the number of slots {len(state)}, got {largest}")
+
+
+def check_distinct(op: str, name: str, slots: Tensor) -> None:
+    """Of the slots that are written; negative ones are not."""
+    written = slots[slots >= 0].sort().values
+    if (twice := written[1:][written.diff() == 0]).numel():
+        Check(op).fail(f"{name} must be distinct, got {int(twice[0])} twice")
 
 
 def check_values(op: str, rule: str, values: Tensor | None, low: int, high: int | None = None) -> None:
@@ -56,6 +64,15 @@ def check_prefill(
     rule = f"checkpoint_tokens must be between 0 and {tokens - 1}"
     check_values(op, rule, checkpoint_tokens, 0, tokens - 1)
     check_below(op, "checkpoint_indices", checkpoint_indices, state)
+    check_distinct(op, "state_indices", indices)
+    if checkpoint_tokens is None or not len(indices):
+        return
+    ends = torch.arange(len(indices) + 1, device=indices.device) * (tokens // len(indices))
+    owner = torch.searchsorted(ends if cu_seqlens is None else cu_seqlens, checkpoint_tokens, right=True) - 1
+    kept = owner < len(indices)
+    kept[kept.clone()] = indices[owner[kept]] >= 0
+    written = torch.cat([indices.long(), checkpoint_indices[kept].long()])
+    check_distinct(op, "state_indices and checkpoint_indices", written)
 
 
 def check_update(
@@ -68,8 +85,23 @@ def check_update(
     most = steps if indices is None or indices.dim() == 1 else indices.shape[1]
     check_values(op, f"num_accepted must be between 1 and {most}", num_accepted, 1, most)
     check_values(op, f"num_tokens must be between 0 and T={steps}", num_tokens, 0, steps)
-    if parents is None:
+    if parents is not None:
+        _check_parents(op, steps, indices, num_accepted, num_tokens, parents)
+    source = None if indices is None else _read_slots(indices, num_accepted)
+    if destination is None:
+        if source is not None:
+            check_distinct(op, "state_indices", source)
         return
+    written = destination if source is None else masked(source, destination)
+    if written.dim() == 2 and num_tokens is not None:
+        written = written.masked_fill(torch.arange(steps, device=written.device) >= num_tokens[:, None], -1)
+    check_distinct(op, "dst_state_indices", written.flatten())
+
+
+def _check_parents(
+    op: str, steps: int, indices: Tensor | None, num_accepted: Tensor | None, num_tokens: Tensor | None,
+    parents: Tensor,
+) -> None:  # fmt: skip
     padding = torch.zeros_like(parents, dtype=torch.bool)  # whose parents may be anything
     if indices is not None:
         padding |= (_read_slots(indices, num_accepted) < 0)[:, None]

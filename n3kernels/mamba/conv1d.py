@@ -224,7 +224,6 @@ _dispatch.register(
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    supports={"cpu": not_float64, "triton": not_float64},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
     triton="n3kernels.triton_ops.mamba.conv1d:causal_conv1d_bwd",
-    missing={"cuda": "gradients have a Triton kernel"},
 )

@@ -7,7 +7,7 @@ from .. import _dispatch
 from .._checks import Check
 from . import reference_mixer
 from ._sequences import check_checkpoints, check_slots, count_sequences
-from ._supports import not_float64
+from ._supports import not_float64, tensor_core_mixer
 
 __all__ = ["mamba2_prefill"]
 
@@ -40,7 +40,8 @@ def mamba2_prefill(
     r"""Returns ``norm(scan(act(conv(x | B | C)), dt) + D x, z)``, the mixer of prompts.
 
     What is between ``in_proj`` and ``out_proj``: `causal_conv1d_slots`, `ssd_scan_slots` and `gated_rms_norm` in one
-    call, with nothing rounded in between.
+    call, with nothing rounded in between on the CPU. From 16-bit inputs GPUs keep x, B and C between the parts in
+    float16, values beyond 65504 clamped to it; ``"cuda"`` its y and what its tensor cores read too.
 
     Args:
         zxbcdt: ``[B, L, d]``, or packed ``[T, d]`` with ``cu_seqlens``; float32, float16 or bfloat16; rows of any
@@ -169,7 +170,6 @@ _dispatch.register(
     check=_check,
     fake=fake,
     reference=reference_mixer.mamba2_prefill,
-    supports={"cpu": not_float64, "triton": not_float64},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": tensor_core_mixer},
     triton="n3kernels.triton_ops.mamba.mixer:mamba2_prefill",
-    missing={"cuda": "causal_conv1d, ssd_scan and gated_rms_norm have CUDA kernels"},
 )

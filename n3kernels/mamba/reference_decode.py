@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from . import rounding as rounded
-from ._slots import check_below, check_update, check_values, last_states, load, masked, source_slots, store
+from ._slots import (
+    check_below,
+    check_distinct,
+    check_update,
+    check_values,
+    last_states,
+    load,
+    masked,
+    source_slots,
+    store,
+)
 from .reference import causal_conv1d, skip_and_gate, time_step, wide_dtype
 
 __all__ = [
@@ -226,6 +236,7 @@ def ssm_replay_commit(
     op, source = "ssm_replay_commit", source_slots(num_accepted, state_indices)
     check_below(op, "state_indices", state_indices, ring_pos)
     check_values(op, f"num_accepted must be between 0 and {tokens}", num_accepted, 0, tokens)
+    check_distinct(op, "state_indices", source)
     first, committed = load(ring_pos, source).long().unbind(1)
     behind = first + committed
     if path is not None:  # it rises, so an entry is read before another is moved onto it
@@ -250,6 +261,7 @@ def ssm_replay_flush(
 ) -> None:
     check_below("ssm_replay_flush", "state_indices", state_indices, state)
     source = source_slots(state, state_indices)
+    check_distinct("ssm_replay_flush", "state_indices", source)
     first, committed = load(ring_pos, source).long().unbind(1)
     wide = wide_dtype(ring_x)
     store(state, source, _replay(load(state, source).to(wide), source, ring_x, ring_B, ring_dt, first, committed, A))

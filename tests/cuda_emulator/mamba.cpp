@@ -1,4 +1,4 @@
-// The mamba kernels under the emulator, with C entries for tests/mamba/test_mamba_cuda_kernels.py. The grids are those of the
+// The mamba kernels under the emulator, with C entries for tests/mamba/test_*_cuda_kernel.py. The grids are those of the
 // plans; arguments are the kernels' own structures, which the tests fill in as the launchers do.
 #include "cuda_emulator.h"
 
@@ -8,6 +8,7 @@
 #include "mamba/conv1d_update_kernel.cuh"
 #include "mamba/gated_norm_kernel.cuh"
 #include "mamba/mamba2_decode_kernel.cuh"
+#include "mamba/mamba2_prefill_kernel.cuh"
 #include "mamba/ssm_replay_kernel.cuh"
 #include "mamba/ssm_update_kernel.cuh"
 #include "mamba/stage_kernel.cuh"
@@ -40,6 +41,20 @@ void with_state(Type type, F f) {
   with_type(type, f);
 }
 
+// y in the dtype of x; of a mixer in float16, saturated.
+template <typename T, typename Y>
+void run_conv(conv::Args a, bool vectors, bool reversed) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool few = a.taps.width <= conv::kFewTaps;
+  const int64_t states = a.kept ? a.checkpoints + (a.state_indices.data ? 0 : a.sequences) : 0;
+  const conv::Plan plan = conv::plan(a.tokens, states, a.taps.channels, vectors ? kVector : 1);
+  a.tiles = uint32_t(plan.tiles), a.channel_blocks = uint32_t(plan.channel_blocks);
+  const auto kernel = vectors ? conv::forward_kernel<T, Y, kVector, true>
+                      : few   ? conv::forward_kernel<T, Y, 1, true>
+                              : conv::forward_kernel<T, Y, 1, false>;
+  emulator::launch(plan.blocks, conv::kThreads, reversed, [&] { kernel(a); });
+}
+
 }  // namespace
 
 extern "C" {
@@ -62,20 +77,42 @@ void emulate_norm(const norm::Args* a, bool vectors, bool reversed) {
 void emulate_conv(const conv::Args* args, bool vectors, bool reversed) {
   with_type(args->x.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int kVector = 16 / sizeof(T);
+    run_conv<T, T>(*args, vectors, reversed);
+  });
+}
+
+void emulate_mixed_conv(const conv::Args* args, bool vectors, bool reversed) {
+  args->x.type == Type::kHalf ? run_conv<F16, mamba::Saturated>(*args, vectors, reversed)
+                              : run_conv<BF16, mamba::Saturated>(*args, vectors, reversed);
+}
+
+void emulate_conv_states(const conv::Args* args, bool reversed) {
+  with_type(args->x.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
     conv::Args a = *args;
-    const bool few = a.taps.width <= conv::kFewTaps, in_slots = a.state_indices.data;
-    const int64_t states = a.kept ? a.checkpoints + (in_slots ? 0 : a.sequences) : 0;
-    const conv::Plan plan = conv::plan(a.tokens, states, a.taps.channels, vectors ? kVector : 1);
-    a.tiles = plan.tiles, a.channel_blocks = plan.channel_blocks;
-    const auto kernel = vectors ? conv::forward_kernel<T, kVector, true>
-                        : few   ? conv::forward_kernel<T, 1, true>
-                                : conv::forward_kernel<T, 1, false>;
-    emulator::launch(plan.blocks, conv::kThreads, reversed, [&] { kernel(a); });
-    if (!in_slots) return;
-    a.channel_blocks = conv::ceil_div(a.taps.channels, conv::kThreads);
+    a.channel_blocks = uint32_t(conv::ceil_div(a.taps.channels, conv::kThreads));
     emulator::launch(a.kept ? a.sequences * a.channel_blocks : 0, conv::kThreads, reversed,
                      [&] { conv::final_kernel<T>(a); });
+  });
+}
+
+// The last launch of a prefill.
+void emulate_prefill_finish(const mamba2::FinishArgs* args, const mamba2::PrefillSizes* sizes, bool vectors,
+                            bool reversed) {
+  const mamba2::PrefillPlan plan = mamba2::prefill_plan(*sizes);
+  mamba2::FinishArgs a = *args;
+  a.norm_blocks = uint32_t(plan.norm_blocks), a.conv.channel_blocks = uint32_t(plan.channel_blocks);
+  a.norm.groups = plan.groups;
+  with_type(a.conv.x.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto with = [&](auto in_vectors) {
+      constexpr bool kVectors = decltype(in_vectors)::value;
+      return plan.threads == 32    ? mamba2::finish_kernel<T, 32, kVectors>
+             : plan.threads == 128 ? mamba2::finish_kernel<T, 128, kVectors>
+                                   : mamba2::finish_kernel<T, 512, kVectors>;
+    };
+    const auto kernel = vectors ? with(std::true_type()) : with(std::false_type());
+    emulator::launch(plan.blocks, norm::block_threads(plan.threads), reversed, [&] { kernel(a); });
   });
 }
 
@@ -158,7 +195,8 @@ void emulate_commit(const replay::MoveArgs* args, bool reversed) {
 int64_t size_of_arguments(int which) {
   const size_t sizes[] = {sizeof(norm::Args),         sizeof(conv::Args),   sizeof(mamba::Slots),
                           sizeof(mamba::Sources),     sizeof(conv::UpdateArgs), sizeof(update::Args),
-                          sizeof(mamba2::DecodeArgs), sizeof(replay::Args), sizeof(replay::MoveArgs)};
+                          sizeof(mamba2::DecodeArgs), sizeof(replay::Args), sizeof(replay::MoveArgs),
+                          sizeof(mamba2::FinishArgs), sizeof(mamba2::PrefillSizes)};
   return int64_t(sizes[which]);
 }
 

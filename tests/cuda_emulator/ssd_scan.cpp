@@ -22,7 +22,7 @@ namespace scan = n3::ssd_scan::sm90;
 
 struct Tensor {  // strides count elements; data null: not given
   void* data;
-  int64_t dtype;  // 0 float32, 1 float16, 2 bfloat16; of indices 1: int64
+  int64_t dtype;  // 0 float32, 1 float16, 2 bfloat16, 3 mamba::Saturated; of indices 1: int64
   int64_t strides[4];
 };
 
@@ -83,7 +83,9 @@ extern "C" int emulate_ssd_scan(const Call* call) {
       scan::plan(c.sequences, c.packed, c.heads, c.groups, c.head_dim, c.d_state, c.multiprocessors);
   scan::with_tile(plan.kernel, [&](auto* type) {
     using Tile = std::remove_pointer_t<decltype(type)>;
-    c.x.dtype == 1 ? run<n3::device::F16, Tile>(c, plan) : run<n3::device::BF16, Tile>(c, plan);
+    c.x.dtype == 1   ? run<n3::device::F16, Tile>(c, plan)
+    : c.x.dtype == 2 ? run<n3::device::BF16, Tile>(c, plan)
+                     : run<n3::mamba::Saturated, Tile>(c, plan);
   });
   return int(plan.kernel);
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ssd_problems import PUBLISHED
 
-from n3kernels.mamba._supports import tensor_core_scan
+from n3kernels.mamba._supports import tensor_core_mixer, tensor_core_scan
 
 _host = pytest.importorskip("n3kernels._host", reason="_host was built for another Python")
 
@@ -156,3 +156,15 @@ def test_says_why_not():
     assert tensor_core_scan(x, dt, A, B, C.transpose(-1, 1).contiguous().transpose(-1, 1)) == rows
     assert tensor_core_scan(x, dt, A, B[:, :1].expand_as(B), C) == rows
     assert tensor_core_scan(x, dt, A, B, C, None, x.new_zeros(x.numel() + 1)[1:].view_as(x)) == rows
+
+
+def test_the_mixer_takes_rows_of_any_alignment():
+    def call(dtype=torch.bfloat16, head_dim=64, d_state=128):
+        return torch.zeros(2, 5, 77, dtype=dtype), None, None, None, torch.zeros(1, 4, head_dim, d_state)
+
+    assert tensor_core_mixer(*call()) is None
+    why = "takes float16 and bfloat16 zxbcdt, got float32: tensor cores would round it"
+    assert tensor_core_mixer(*call(torch.float32)) == why
+    assert "float64" in tensor_core_mixer(*call(torch.float64))
+    assert "head_dim" in tensor_core_mixer(*call(head_dim=12))
+    assert "d_state" in tensor_core_mixer(*call(d_state=24))
