@@ -1,4 +1,4 @@
-"""a @ b^T of NVFP4 matrices against plain torch on the same values in bfloat16; W4A8 beside it."""
+"""a @ b^T of NVFP4 matrices against plain torch on the same values in bfloat16; quantised, and W4A8, beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..conftest import DEVICE, providers, sizes
 from ..shapes import GEMMS, TOKENS
 from .weights import nvfp4_bytes, nvfp4_weight
 
-OP, GROUPED, FP8 = "nvfp4_gemm", "nvfp4_grouped_gemm", "nvfp4_linear_fp8"
+OP, QUANTIZED, GROUPED, FP8 = "nvfp4_gemm", "nvfp4_gemm.quantized", "nvfp4_grouped_gemm", "nvfp4_linear_fp8"
 DEFAULT = ("nano-expert_up", "nano-expert_down", "nano-in_proj")
 GEMM_SIZES = sizes(GEMMS, quick=["nano-expert_up"], full=set(GEMMS) - set(DEFAULT))
 GROUPS = 8  # experts of a layer that some tokens chose
@@ -60,6 +60,36 @@ def test_nvfp4_gemm(measure, gemm, tokens, provider):
     measure(
         OP, provider, fn, args, truth,
         group=f"{OP} {gemm} {n}x{k} M={tokens}", flops=2 * tokens * n * k, bytes=moved + 2 * tokens * n,
+    )  # fmt: skip
+
+
+@lru_cache(1)
+def quantized_problem(gemm: str, tokens: int):
+    a, b, y = problem(gemm, tokens)
+    y = y.relu().square()
+    return a, b, (y.amax() / 2688).float(), y
+
+
+def quantized(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.n3.nvfp4_gemm.quantized(*args, None, "relu2")
+
+
+def unfused(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    *operands, scale = args
+    return torch.ops.n3.relu2_nvfp4_quantize.default(product(*operands), scale)
+
+
+@pytest.mark.parametrize("provider", providers(QUANTIZED, "unfused"))
+@pytest.mark.parametrize("tokens", sizes(TOKENS, quick=[8]))
+@pytest.mark.parametrize("gemm", sizes(("nano-expert_up", "nano-in_proj"), quick=["nano-expert_up"]))
+def test_nvfp4_gemm_quantized(measure, gemm, tokens, provider):
+    """With relu2; the baseline is our product in bfloat16 and the quantiser behind it."""
+    (n, k), (a, b, scale, truth) = GEMMS[gemm], quantized_problem(gemm, tokens)
+    measure(
+        QUANTIZED, provider, unfused if provider == "unfused" else quantized, (*parts(a), *parts(b), scale), truth,
+        value=lambda out: reference.nvfp4_dequantize(*out[:2], scale, dtype=torch.float32), tolerance=0.2,
+        group=f"{QUANTIZED} {gemm} {n}x{k} M={tokens}", flops=2 * tokens * n * k,
+        bytes=nvfp4_bytes(n, k) + nvfp4_bytes(tokens, k) + nvfp4_bytes(tokens, n),
     )  # fmt: skip
 
 

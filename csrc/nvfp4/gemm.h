@@ -1,11 +1,15 @@
 // nvfp4_gemm: y = (a b^T) * a_global * b_global + bias of two NVFP4 matrices (W4A4); nvfp4_grouped_gemm: the same with
 // the matrix b[e] for the rows offsets[e] <= i < offsets[e + 1] of a, and zeros in rows of no expert. Sums are fp32,
 // the global scales are two fp32 products, and the result is rounded once to out_dtype.
+//
+// nvfp4_gemm.quantized: NVFP4 of act(y) under a given global scale, y being fp32: the bytes that nvfp4_quantize makes of
+// it, which is rounded to nothing in between.
 #pragma once
 #include <optional>
 #include <string>
 
 #include "../common/check.h"
+#include "gemm_plan.h"
 
 namespace n3::nvfp4_gemm {
 
@@ -22,9 +26,10 @@ struct Params {
   Matrix a, b;             // [m, k] and [n, k], or [experts, n, k]
   const int32_t* offsets;  // [experts + 1]; null: one product of the whole
   const void* bias;        // [n] in out_dtype, or null
-  void* y;                 // [m, n]
+  void* y;                 // [m, n], or codes [m, n / 2]
   int64_t m, n, k, experts;
   ScalarType out_dtype;
+  const Codes* codes = nullptr;  // what goes with codes at y; the bias is float32 then
 };
 
 using OptionalTensor = std::optional<Tensor>;
@@ -83,10 +88,10 @@ inline bool check_global(const char* op, const char* name, const Tensor& global,
 }
 
 // Each checks one call, for CPU and CUDA alike; returns the problem with null pointers.
-inline Params check(const Tensor& a, const Tensor& a_scale, const Tensor& a_global, const Tensor& b,
-                    const Tensor& b_scale, const Tensor& b_global, const OptionalTensor& bias, ScalarType out_dtype,
-                    const std::string& a_layout, const std::string& b_layout) {
-  constexpr const char* op = "nvfp4_gemm";
+inline Params check_operands(const char* op, const Tensor& a, const Tensor& a_scale, const Tensor& a_global,
+                             const Tensor& b, const Tensor& b_scale, const Tensor& b_global,
+                             const OptionalTensor& bias, ScalarType out_dtype, const std::string& a_layout,
+                             const std::string& b_layout) {
   const int64_t k = check_k(op, a);
   check_dim(op, "b", b, 2);
   const int64_t m = a.size(0), n = b.size(0);
@@ -107,6 +112,12 @@ inline Params check(const Tensor& a, const Tensor& a_scale, const Tensor& a_glob
   check_same_device(op, "b_global", b_global, "a", a);
   if (bias) check_same_device(op, "bias", *bias, "a", a);
   return {a_matrix, b_matrix, nullptr, nullptr, nullptr, m, n, k, 1, out_dtype};
+}
+
+inline Params check(const Tensor& a, const Tensor& a_scale, const Tensor& a_global, const Tensor& b,
+                    const Tensor& b_scale, const Tensor& b_global, const OptionalTensor& bias, ScalarType out_dtype,
+                    const std::string& a_layout, const std::string& b_layout) {
+  return check_operands("nvfp4_gemm", a, a_scale, a_global, b, b_scale, b_global, bias, out_dtype, a_layout, b_layout);
 }
 
 inline Params check_grouped(const Tensor& a, const Tensor& a_scale, const Tensor& a_global, const Tensor& b,

@@ -52,11 +52,11 @@ void pack(const Params& p, const Kernels& kernel, const Batch& batch, const Toke
 }
 
 // One item is a panel of rows of b with the tokens of one piece, so an output has one owner.
-template <typename T>
 void run(const Params& p, const Kernels& kernel, const Batch& batch, const Tokens& packed) {
   const int64_t blocks = p.k / 16, panel = kernel.panel_rows, panels = (p.n + panel - 1) / panel;
   const int64_t b_bytes = p.n * p.k / 2, b_scales = scale_bytes(p.b.swizzled, p.n, p.k);
   const int64_t items = int64_t(batch.pieces.size()) * panels;
+  const Finish finish = finish_of(p);
   for_items(items, batch.tokens * p.n * p.k / 4, [&](const auto& take) {  // a product here costs a quarter
     const auto scratch = buffer<char>(kernel.scratch_bytes());
     const auto sums = buffer<float>(panel * batch.tokens * 4);
@@ -66,7 +66,7 @@ void run(const Params& p, const Kernels& kernel, const Batch& batch, const Token
       const int64_t n0 = i % panels * panel, rows = std::min(panel, p.n - n0);
       const Rows b{p.b.q + s.expert * b_bytes, p.b.scale + s.expert * b_scales, p.b.swizzled, n0, rows, blocks};
       kernel.sums(b, at(packed, piece.packed, blocks), s.tokens, scratch.get(), sums.get());
-      finish<T>(p, s, n0, rows, panel, sums.get());
+      finish(p, {s, n0, rows, panel, sums.get()});
     }
   });
 }
@@ -83,11 +83,7 @@ void multiply(const Params& p, const std::vector<Segment>& segments) {
   const Tokens packed{codes.get(), init.get(), scale.get()};
   for (const Batch& batch : batches(segments, kTokens)) {
     pack(p, kernel, batch, packed);
-    switch (p.out_dtype) {  // check() let nothing else through
-      case ScalarType::Float: run<float>(p, kernel, batch, packed); break;
-      case ScalarType::Half: run<Half>(p, kernel, batch, packed); break;
-      default: run<BFloat16>(p, kernel, batch, packed);
-    }
+    run(p, kernel, batch, packed);
   }
 }
 

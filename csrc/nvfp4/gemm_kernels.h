@@ -11,6 +11,7 @@ namespace n3::nvfp4_gemm {
 
 constexpr int64_t kTokens = 256;  // most tokens packed at a time: with their rows of b they stay in level 2
 constexpr int64_t kMaxTile = 6;   // most tokens in a register tile
+constexpr int64_t kMaxRows = 64;  // most rows of b per call of sums
 
 // Tokens in tiles of nearly equal width: 8 are 4 + 4, not 6 + 2.
 struct Tiles {
@@ -35,7 +36,7 @@ struct Tokens {
 };
 
 struct Kernels {
-  int64_t panel_rows;  // rows of b per call of sums, at most
+  int64_t panel_rows;  // rows of b per call of sums, at most: 16 times a number
   int64_t (*scratch_bytes)();
   void (*pack)(const Rows& tokens, const Tokens& packed);  // one tile of at most kMaxTile rows
   // out[token * panel_rows + row] for the rows of b; the tokens are packed tile after tile.

@@ -45,6 +45,7 @@ struct Lanes {
   static constexpr int kStrips = Arch::kStrips;
   static constexpr int kGroup = kLanes / 2;  // blocks transposed at a time: kLanes dwords of each row
   static constexpr int64_t kPanelRows = kLanes * kStrips;
+  static_assert(kPanelRows <= kMaxRows && kPanelRows % 16 == 0);
 
   // A block of a strip: 4 vectors of codes, then the scales.
   struct alignas(64) Block {

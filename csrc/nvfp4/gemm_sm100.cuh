@@ -17,6 +17,7 @@ struct Small {
   using EpilogueTile = cutlass::epilogue::collective::EpilogueTileAuto;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecialized1SmNvf4Sm100;
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized1Sm;
+  using CodesNode = sm1xx::CodesOfRows;
 };
 
 struct Large {
@@ -27,6 +28,7 @@ struct Large {
   using EpilogueTile = Shape<_128, _64>;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecialized2SmNvf4Sm100;
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized2Sm;
+  using CodesNode = sm1xx::CodesOfRows;
 };
 
 // A short name of its own; scripts/compile_cuda.py looks for the instructions of *_sm100.

@@ -16,6 +16,7 @@ struct Square {
   using EpilogueTile = cutlass::epilogue::collective::EpilogueTileAuto;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+  using CodesNode = sm1xx::CodesOfQuads;
 };
 
 // A short name of its own; scripts/compile_cuda.py looks for the instructions of *_sm120.

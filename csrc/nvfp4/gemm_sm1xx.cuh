@@ -4,6 +4,7 @@
 // one e4m3 scale to every 16 and sums in fp32 (tcgen05.mma.block_scale on sm_100, mma.sync.block_scale on sm_120). The
 // epilogue is a tree of CUTLASS's visitors: acc * a_global * b_global + bias in fp32, rounded once to y. Both global
 // scales are read on the device, as one element or one per row of the operand: the strides (bool) are set at run time.
+// Of nvfp4_gemm.quantized a last node makes codes and block scales of that.
 #pragma once
 #include <type_traits>
 
@@ -17,6 +18,7 @@
 #include <cutlass/gemm/dispatch_policy.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "gemm_quantized_sm1xx.cuh"
 #include "gemm_sm1xx.h"
 #include "gemm_sm1xx_args.h"
 
@@ -28,10 +30,28 @@ using cute::_1;
 using cute::Stride;
 
 template <Out kOut>
-using Element = std::conditional_t<kOut == Out::kFloat, float,
-                                   std::conditional_t<kOut == Out::kHalf, cutlass::half_t, cutlass::bfloat16_t>>;
+struct ElementOf {
+  using Type = float;
+};
+template <>
+struct ElementOf<Out::kHalf> {
+  using Type = cutlass::half_t;
+};
+template <>
+struct ElementOf<Out::kBFloat16> {
+  using Type = cutlass::bfloat16_t;
+};
+template <>
+struct ElementOf<Out::kCodes> {
+  using Type = cutlass::float_e2m1_t;
+};
+template <Out kOut>
+using Element = typename ElementOf<kOut>::Type;
 
-using Codes = cutlass::nv_float4_t<cutlass::float_e2m1_t>;
+template <class T>
+constexpr bool is_code = std::is_same_v<T, Element<Out::kCodes>>;
+
+using ScaledCodes = cutlass::nv_float4_t<cutlass::float_e2m1_t>;
 constexpr int kCodesPerCopy = 32;  // 16 bytes
 
 template <template <class> class kOp, class T>
@@ -47,6 +67,15 @@ using Epilogue = fusion::Sm90EVT<
                     fusion::Sm90AccFetch>,
     fusion::Sm90RowBroadcast<0, CtaTile, T, float>>;  // bias, null: 0
 
+template <class G, class T>
+struct EpilogueOf {
+  using Type = Epilogue<typename G::CtaTile, T>;
+};
+template <class G>
+struct EpilogueOf<G, Element<Out::kCodes>> {
+  using Type = fusion::Sm90EVT<typename G::CodesNode, Epilogue<typename G::CtaTile, float>>;
+};
+
 // G is a geometry of gemm_sm100.cuh or gemm_sm120.cuh. Layouts with a * are arrays, one for each group.
 template <class G, class T, class ProblemShape, class Fusion, class RowMajor, class ColumnMajor>
 struct Collective {
@@ -56,7 +85,7 @@ struct Collective {
       typename G::EpilogueTile, float, float, void, RowMajor, kPerCopy, T, RowMajor, kPerCopy,
       typename G::EpilogueSchedule, Fusion>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      typename G::Arch, cutlass::arch::OpClassBlockScaledTensorOp, Codes, RowMajor, kCodesPerCopy, Codes, ColumnMajor,
+      typename G::Arch, cutlass::arch::OpClassBlockScaledTensorOp, ScaledCodes, RowMajor, kCodesPerCopy, ScaledCodes, ColumnMajor,
       kCodesPerCopy, float, typename G::MmaTile, typename G::Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
       typename G::Schedule>::CollectiveOp;
@@ -72,8 +101,15 @@ struct ParamsOf : K::Base::Params {
 };
 
 template <class G, class T>
-using Gemm = typename Collective<G, T, Problem, Epilogue<typename G::CtaTile, T>, cutlass::layout::RowMajor,
+using Gemm = typename Collective<G, T, Problem, typename EpilogueOf<G, T>::Type, cutlass::layout::RowMajor,
                                  cutlass::layout::ColumnMajor>::Gemm;
+
+template <class T, class Tree>
+void set_epilogue(Tree& tree, const Call& c) {
+  tree.op_0 = {c.b_global, 0.f, {_0{}, c.b_global_per_row, _0{}}};
+  tree.op_1.op_0 = {c.a_global, 0.f, {c.a_global_per_row, _0{}, _0{}}};
+  tree.op_2 = {static_cast<const T*>(c.bias), T(0), {}};
+}
 
 template <class GemmKernel, class T>
 typename GemmKernel::Arguments arguments(const Call& c) {
@@ -96,9 +132,12 @@ typename GemmKernel::Arguments arguments(const Call& c) {
   args.mainloop.layout_SFA = a_scale_layout(c);
   args.mainloop.ptr_SFB = reinterpret_cast<const Scale*>(c.b_scale);
   args.mainloop.layout_SFB = b_scale_layout(c);
-  args.epilogue.thread.op_0 = {c.b_global, 0.f, {_0{}, c.b_global_per_row, _0{}}};
-  args.epilogue.thread.op_1.op_0 = {c.a_global, 0.f, {c.a_global_per_row, _0{}, _0{}}};
-  args.epilogue.thread.op_2 = {static_cast<const T*>(c.bias), T(0), {}};
+  if constexpr (is_code<T>) {
+    set_epilogue<float>(args.epilogue.thread.op_0, c);
+    args.epilogue.thread.op_1 = c.codes;
+  } else {
+    set_epilogue<T>(args.epilogue.thread, c);
+  }
   args.epilogue.ptr_D = static_cast<T*>(c.y);
   args.epilogue.dD = y_stride(c);
   // sm_100 has its tiles from the hardware's scheduler and takes no such number.

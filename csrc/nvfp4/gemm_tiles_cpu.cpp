@@ -88,12 +88,12 @@ void pack(const Params& p, const amx::Kernels& kernel, const Batch& batch, const
 }
 
 // One item is a panel of rows of b with the tokens of one piece, so an output has one owner.
-template <typename T>
 void run(const Params& p, const amx::Kernels& kernel, const Batch& batch, const std::vector<int64_t>& at,
          const char* x) {
   const int64_t blocks = p.k / 16, panels = (p.n + amx::kPanelRows - 1) / amx::kPanelRows;
   const int64_t b_bytes = p.n * p.k / 2, b_scales = scale_bytes(p.b.swizzled, p.n, p.k);
   const int64_t items = int64_t(batch.pieces.size()) * panels;
+  const Finish finish = finish_of(p);
   int64_t most = 0;
   for (const Batch::Piece& piece : batch.pieces) most = std::max(most, piece.rows.tokens);
   const void* table = nvfp4_linear::split_global_scale(kernel.decoding, 1.f).table;
@@ -112,7 +112,7 @@ void run(const Params& p, const amx::Kernels& kernel, const Batch& batch, const 
       }
       const nvfp4_linear::Panel panel{p.b.q + s.expert * b_bytes + n0 * (p.k / 2), scale, rows, p.k};
       kernel.sums(table, panel, x + at[piece], s.tokens, scratch.get(), sums.get());
-      finish<T>(p, s, n0, rows, amx::kPanelRows, sums.get());
+      finish(p, {s, n0, rows, amx::kPanelRows, sums.get()});
     }
   });
 }
@@ -126,11 +126,7 @@ void multiply_tiles(const Params& p, const std::vector<Segment>& segments, const
     const std::vector<int64_t> at = places(batch, p.k);
     if (at.back() > room) x = buffer<char>(room = at.back());
     pack(p, kernel, batch, at, x.get());
-    switch (p.out_dtype) {  // check() let nothing else through
-      case ScalarType::Float: run<float>(p, kernel, batch, at, x.get()); break;
-      case ScalarType::Half: run<Half>(p, kernel, batch, at, x.get()); break;
-      default: run<BFloat16>(p, kernel, batch, at, x.get());
-    }
+    run(p, kernel, batch, at, x.get());
   }
 }
 

@@ -59,7 +59,7 @@ Tensor nvfp4_grouped_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& 
                         p.a.global_per_row,           false,
                         nullptr,                      y.mutable_data_ptr(),
                         p.m, p.n, p.k, gpu.sms};
-  const grouped::Groups groups{call, gemm::data<int32_t>(ends), p.experts, gemm::out_bytes(out),
+  const grouped::Groups groups{call, gemm::data<int32_t>(ends), p.experts, gemm::out_bits(out) / 8,
                                static_cast<uint8_t*>(a_tiles.mutable_data_ptr()), arrays};
   const int64_t blocks = grouped::tiles_of(p.m, p.experts);
   grouped::prepare_kernel<<<uint32_t(blocks), grouped::kThreads, 0, stream>>>(groups);

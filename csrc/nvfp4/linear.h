@@ -20,9 +20,11 @@ struct Params {
   bool relu2;
 };
 
-// Checks one call, for CPU and CUDA alike; returns the problem with null pointers.
+// Checks one call, for CPU and CUDA alike, of this operator or of nvfp4_linear_fp8; returns the problem with null
+// pointers.
 inline Params check(const Tensor& x, const Tensor& q, const Tensor& block_scale, const Tensor& global_scale,
-                    const std::optional<Tensor>& bias, const std::optional<std::string>& activation) {
+                    const std::optional<Tensor>& bias, const std::optional<std::string>& activation,
+                    const char* op = nvfp4_linear::op) {
   check_floating(op, "x", x.scalar_type());
   check_dtype(op, "q", q, ScalarType::Byte);
   check_dtype(op, "block_scale", block_scale, ScalarType::Float8_e4m3fn);

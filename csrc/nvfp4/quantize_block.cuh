@@ -111,6 +111,11 @@ N3_DEVICE float error_of(const float (&x)[16], uint8_t byte, const Global& g, bo
   return sum;
 }
 
+// The scale that puts the largest magnitude, given as bits, at 6.
+N3_DEVICE uint8_t plain_scale(uint32_t top, const Global& g) {
+  return scale_byte(bits_float(top) * (g.s_enc * (1.f / 6.f)));
+}
+
 // ---- blocks
 
 // The teams of threads whose blocks share a scale replace maxima and error sums by those of the team; a lone block has
@@ -184,7 +189,7 @@ N3_DEVICE void quantize_blocks(const float (&x)[kBlocks][16], const Global (&g)[
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) out[j].scale = scale_byte(bits_float(top[j]) * (g[j].s_enc * (1.f / 6.f)));
+    for (int j = 0; j < kBlocks; ++j) out[j].scale = plain_scale(top[j], g[j]);
   }
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j) {

@@ -53,6 +53,9 @@ class Readable {
   std::optional<Tensor> kept_;
 };
 
+// What a given decode scale stands for.
+Global given_global(float scale, const Form& form);
+
 // Where row r of matrices begins.
 inline const void* row_at(const Matrices& m, Element element, int64_t r) {
   const int64_t i = r / m.rows * m.batch_stride + r % m.rows * m.row_stride;

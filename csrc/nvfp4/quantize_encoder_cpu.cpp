@@ -13,27 +13,30 @@ Global global_of(float s_enc, float amax) {
   return {s_enc, 1.f / s_enc, amax};
 }
 
+float normal(const Form& form) { return form.four_over_six ? 1536.f : 2688.f; }
+
 }  // namespace
+
+Global given_global(float scale, const Form& form) {
+  const float s_enc = std::fmax(std::fmin(1.f / scale, FLT_MAX), -FLT_MAX);  // a subnormal's inverse is infinite
+  return global_of(scale == 0.f ? 1.f : s_enc, scale * normal(form));
+}
 
 Encoder::Encoder(const Params& p) : p_(p), globals_(p.globals) {
   if (p.form.swizzled) linear_ = buffer<uint8_t>(p.rows * p.k / 16);
   encoding_ = {p.form, globals_.data(), p.signs, p.seed, p.q, p.form.swizzled ? linear_.get() : p.block_scale};
-  const float normal = p.form.four_over_six ? 1536.f : 2688.f;
   for (int64_t i = 0; i < p.globals; ++i) {
     if (!p.global_scale) {
       set_amax(i, 0.f);
       continue;
     }
-    const float given = p.global_scale[i];
-    const float s_enc = std::fmax(std::fmin(1.f / given, FLT_MAX), -FLT_MAX);  // a subnormal's inverse is infinite
-    globals_[i] = global_of(given == 0.f ? 1.f : s_enc, given * normal);
-    p.global_out[i] = given;
+    globals_[i] = given_global(p.global_scale[i], p.form);
+    p.global_out[i] = p.global_scale[i];
   }
 }
 
 void Encoder::set_amax(int64_t row, float amax) {
-  const float normal = p_.form.four_over_six ? 1536.f : 2688.f;
-  globals_[row] = global_of(amax == 0.f ? 1.f : std::fmin(normal / amax, FLT_MAX), amax);
+  globals_[row] = global_of(amax == 0.f ? 1.f : std::fmin(normal(p_.form) / amax, FLT_MAX), amax);
   p_.global_out[row] = globals_[row].inv;
 }
 

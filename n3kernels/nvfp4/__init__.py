@@ -9,6 +9,7 @@ from .dequantize import dequantize
 from .embedding import embedding
 from .fake_quantize import fake_quantize
 from .gemm import gemm, grouped_gemm
+from .gemm_quantize import gemm_quantize
 from .linear import linear
 from .loaders import from_compressed_tensors, from_modelopt
 from .producers import NormedNVFP4, relu2_quantize, rms_norm_quantize, silu_mul_quantize
@@ -20,6 +21,7 @@ from .training import Recipe, TrainingLinear, training_linear
 
 __all__ = [
     "NVFP4Tensor", "NormedNVFP4", "PackedNVFP4", "Recipe", "TrainingLinear", "dequantize", "embedding", "fake_quantize",
-    "from_compressed_tensors", "from_modelopt", "gemm", "grouped_gemm", "linear", "prepack", "quantize",
-    "relu2_quantize", "rms_norm_quantize", "silu_mul_quantize", "swizzle_scale", "training_linear", "unswizzle_scale",
+    "from_compressed_tensors", "from_modelopt", "gemm", "gemm_quantize", "grouped_gemm", "linear", "prepack",
+    "quantize", "relu2_quantize", "rms_norm_quantize", "silu_mul_quantize", "swizzle_scale", "training_linear",
+    "unswizzle_scale",
 ]  # fmt: skip

@@ -49,8 +49,8 @@ def grouped_gemm(a: NVFP4Tensor, b: NVFP4Tensor, offsets: Tensor, out_dtype: tor
         a: ``[M, K]``, rows sorted by expert; linear scales; one global scale, or one per row.
         b: ``[E, N, K]``, one global scale for each expert; linear scales, or each expert's own 128x4 tiles
             ``[E, ceil(N/128)*128, ceil(K/64)*4]``.
-        offsets: int32 ``[E + 1]``, ascending: expert e has the rows ``offsets[e] <= i < offsets[e + 1]``; rows of no
-            expert give 0. Read on the device; values outside ``[0, M]`` are clamped by no one and must not occur.
+        offsets: int32 ``[E + 1]``, ascending, between 0 and M: expert e has the rows ``offsets[e] <= i <
+            offsets[e + 1]``; rows of no expert give 0. Read on the device; on the CPU the values are checked.
         out_dtype: float32, float16 or bfloat16.
     Returns:
         ``[M, N]`` in ``out_dtype``, with the arithmetic of `gemm`.
@@ -104,10 +104,8 @@ def _check_out_dtype(check: Check, out_dtype: torch.dtype) -> None:
     )
 
 
-def _check(
-    a, a_scale, a_global, b, b_scale, b_global, bias=None, *, out_dtype, a_layout="linear", b_layout="linear"
-):
-    check = Check("nvfp4_gemm")
+def check_operands(check: Check, a, a_scale, a_global, b, b_scale, b_global, bias, out_dtype, a_layout, b_layout):
+    """Of one product, in whatever its result is left."""
     k = _check_k(check, a)
     check.dim("b", b, 2)
     m, n = a.shape[0], b.shape[0]
@@ -121,6 +119,14 @@ def _check(
         check.shape("bias", bias, (n,))
     check.same_device(
         "a", a, a_scale=a_scale, a_global=a_global, b=b, b_scale=b_scale, b_global=b_global, bias=bias
+    )
+
+
+def _check(
+    a, a_scale, a_global, b, b_scale, b_global, bias=None, *, out_dtype, a_layout="linear", b_layout="linear"
+):
+    check_operands(
+        Check("nvfp4_gemm"), a, a_scale, a_global, b, b_scale, b_global, bias, out_dtype, a_layout, b_layout
     )
 
 

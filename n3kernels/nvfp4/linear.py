@@ -53,7 +53,10 @@ def linear(
     exact = compute == "exact"
     if exact and isinstance(w, PackedNVFP4) and x.element_size() == 2:
         return torch.ops.n3.nvfp4_linear.packed(x, w.blob, w.global_scale, w.shape[0], bias, activation)
-    w = w.unpack() if isinstance(w, PackedNVFP4) else w.to_layout("linear")
+    w = w.unpack() if isinstance(w, PackedNVFP4) else w
+    if not isinstance(w, NVFP4Tensor):
+        raise TypeError(f"nvfp4.linear: w must be an NVFP4Tensor, as nvfp4.quantize makes it, got {type(w).__name__}")
+    w = w.to_layout("linear")
     if not exact:
         return torch.ops.n3.nvfp4_linear_fp8.default(x, w.q, w.block_scale, w.global_scale, bias, activation)
     return torch.ops.n3.nvfp4_linear.default(x, w.q, w.block_scale, w.global_scale, bias, activation)
@@ -111,7 +114,8 @@ def _grad_before(activation: str | None, grad_y: Tensor, y: Tensor | None) -> Te
     if activation is None:
         return grad_y
     wide = torch.promote_types(y.dtype, torch.float32)  # d relu(v)^2 = 2 relu(v) dv, and relu(v) = sqrt(y)
-    return (2 * y.to(wide).sqrt() * grad_y.to(wide)).to(y.dtype)
+    root = y.to(wide).sqrt() if not torch.is_grad_enabled() else torch.where(y > 0, y, 1).to(wide).sqrt() * (y > 0)
+    return (2 * root * grad_y.to(wide)).to(y.dtype)  # a second derivative must not meet the root's at 0
 
 
 def _dgrad(grad: Tensor, q: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:

@@ -44,10 +44,7 @@ _dispatch.register(
     reference=nvfp4_linear_fp8,
     triton="n3kernels.triton_ops.nvfp4.linear_fp8:nvfp4_linear_fp8",
     supports={"triton": _supports_triton},
-    missing={
-        "cpu": "CPUs do not multiply 8-bit floats: decoded, they would be slower and less exact than nvfp4_linear",
-        "cuda": "not written yet: the Triton kernel serves",
-    },
+    missing={"cuda": "not written yet: the Triton kernel serves"},
     setup_context=_setup_context,  # gradients are those of the exact product
     backward=_backward,
 )

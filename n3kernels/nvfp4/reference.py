@@ -135,6 +135,7 @@ def nvfp4_grouped_gemm(
 ) -> Tensor:
     wide_a = decode(a, a_scale, torch.float64) * a_global.double().view(-1, 1)
     experts = decode(b, _linear_scale(b, b_scale, b_layout), torch.float64) * b_global.double().view(-1, 1, 1)
+    Check("nvfp4_grouped_gemm").offsets(offsets, len(a))
     row = torch.arange(a.shape[0], device=a.device)
     y = wide_a.new_zeros(a.shape[0], b.shape[1])  # rows of no expert stay 0
     for e in range(b.shape[0]):

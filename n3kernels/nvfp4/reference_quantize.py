@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .._philox import element_words
-from .reference import BLOCK, code_values, nvfp4_swizzle_scale
+from .reference import BLOCK, code_values, nvfp4_gemm, nvfp4_swizzle_scale
 
 __all__ = [
-    "FLT_MAX", "hadamard16", "nvfp4_quantize", "relu2_nvfp4_quantize", "rms_norm", "rms_norm_nvfp4_quantize",
-    "silu_mul", "silu_mul_nvfp4_quantize",
+    "FLT_MAX", "hadamard16", "nvfp4_gemm_quantized", "nvfp4_quantize", "relu2_nvfp4_quantize", "rms_norm",
+    "rms_norm_nvfp4_quantize", "silu_mul", "silu_mul_nvfp4_quantize",
 ]  # fmt: skip
 
 FLT_MAX = torch.finfo(torch.float32).max
@@ -262,3 +262,26 @@ def rms_norm_nvfp4_quantize(
     )
     nothing = x.new_empty(0)
     return *parts, y if keep else nothing, nothing if total is None else total
+
+
+def nvfp4_gemm_quantized(
+    a: Tensor,
+    a_scale: Tensor,
+    a_global: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_global: Tensor,
+    global_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    a_layout: str = "linear",
+    b_layout: str = "linear",
+    scale_layout: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    y = nvfp4_gemm(
+        a, a_scale, a_global, b, b_scale, b_global, bias, out_dtype=torch.float32, a_layout=a_layout, b_layout=b_layout
+    )
+    if activation == "relu2":
+        y = y.relu().square()
+    return nvfp4_quantize(y, global_scale, scale_layout=scale_layout)[:2]

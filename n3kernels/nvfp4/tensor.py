@@ -55,9 +55,16 @@ class NVFP4Tensor(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> NVFP4Tensor:
-        """The same tensor on another device."""
+        """The same tensor on another device. (Another dtype is what `dequantize` gives.)"""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"NVFP4Tensor.to: device must be a device, got {device}: dequantize(dtype) gives values")
         parts = {name: getattr(self, name).to(device) for name in ("q", "block_scale", "global_scale")}
         return self._replace(**parts)
+
+    def __reduce__(self):
+        # Torch's own pickles of float8 tensors need torch.save; and weights_only=True must know what to call.
+        parts = self._replace(block_scale=self.block_scale.view(torch.uint8))
+        return _from_bytes, tuple(parts)
 
     def to_layout(self, scale_layout: str) -> NVFP4Tensor:
         """The same tensor with its block scales in another layout, ``"linear"`` or ``"128x4"``."""
@@ -72,3 +79,10 @@ class NVFP4Tensor(NamedTuple):
         else:
             raise ValueError(f"NVFP4Tensor.to_layout: scale_layout must be one of linear, 128x4, got {scale_layout}")
         return self._replace(block_scale=scale, scale_layout=scale_layout)
+
+
+def _from_bytes(q: Tensor, block_scale: Tensor, *rest) -> NVFP4Tensor:
+    return NVFP4Tensor(q, block_scale.view(torch.float8_e4m3fn), *rest)
+
+
+torch.serialization.add_safe_globals([NVFP4Tensor, _from_bytes])

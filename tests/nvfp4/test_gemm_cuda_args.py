@@ -8,27 +8,35 @@ own check is asked too. The products themselves need a GPU.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same_bits
+from cutlass_problems import (
+    CODES,
+    CUTLASS,
+    DENSE,
+    FLOAT100,
+    FLOAT120,
+    GROUPED,
+    ON_120,
+    SEEN,
+    call_of,
+    collectives,
+    cutlass_headers,
+    needs_nvcc,
+)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_text import load, needs_emulator
 
 from n3kernels.nvfp4 import _supports, reference
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
-)
+pytestmark = needs_emulator
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of nvfp4_gemm::Out
 CUDA = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "include"
-CUTLASS = importlib.util.find_spec("cutlass_library")
 POINTERS = ("a", "a_scale", "b", "b_scale", "a_global", "b_global", "y")
 INTEGERS = ("a_stride", "b_stride", "y_stride")
 NAMES = (*POINTERS, *INTEGERS, "problems", "a_layout", "b_layout")  # grouped::Arrays
@@ -37,28 +45,17 @@ needs_cutlass = pytest.mark.skipif(
 )
 
 
-def compiled(folder, source, *includes):
-    library = folder / (source.stem + ".so")
-    paths = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in includes)]
-    flags = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-shared", *paths]
-    subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
 @pytest.fixture(scope="session")
-def cutlass(tmp_path_factory):
-    headers = Path(CUTLASS.submodule_search_locations[0]) / "source" / "include"
-    source = ROOT / "tests" / "nvfp4" / "cutlass_args.cpp"
-    library = compiled(tmp_path_factory.mktemp("cutlass"), source, headers, CUDA, CUDA / "cccl")
+def cutlass():
+    library = load("../nvfp4/cutlass_args.cpp", system=(cutlass_headers(), CUDA, CUDA / "cccl"))
     for name in ("scale_byte", "scale_span", "element"):
         getattr(library, name).restype = ctypes.c_int64
     return library
 
 
 @pytest.fixture(scope="session")
-def plans(tmp_path_factory):
-    emulator = ROOT / "tests" / "cuda_emulator"
-    library = compiled(tmp_path_factory.mktemp("grouped"), emulator / "nvfp4_grouped.cpp", emulator)
+def plans():
+    library = load("nvfp4_grouped.cpp")
     for name in ("gemm_unsupported", "grouped_unsupported"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("grouped_scale_bytes", "grouped_place"):
@@ -112,81 +109,44 @@ def test_rows_are_contiguous(cutlass, m, n, k):
 # ---- what CUTLASS's kernels are called with, and whether they take it
 
 
-class Call(ctypes.Structure):
-    """nvfp4_gemm::Call."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a", "a_scale", "b", "b_scale", "a_global", "b_global")),
-        ("a_global_per_row", ctypes.c_bool), ("b_global_per_row", ctypes.c_bool),
-        ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("m", "n", "k")), ("sms", ctypes.c_int),
-    ]  # fmt: skip
-
-
-SEEN = ("a", "a_scale", "b", "b_scale", "a_global", "b_global", "bias", "y", "a_global_per_row", "b_global_per_row",
-        "m", "n", "k", "a_stride", "b_stride", "y_stride", "sms")  # fmt: skip
-SMALL100, LARGE100, SQUARE120, FLOAT100, FLOAT120, GROUPED100, GROUPED120 = range(7)  # of cutlass_collectives.cu
-
-
-@pytest.fixture(scope="session")
-def collectives(tmp_path_factory):
-    """The collectives of every kernel, the host's half of them."""
-    library = tmp_path_factory.mktemp("collectives") / "collectives.so"
-    headers = Path(CUTLASS.submodule_search_locations[0]) / "source" / "include"
-    flags = ["-std=c++20", "-O0", "-w", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-shared", "-arch=sm_100a"]
-    paths = [f"-I{ROOT / 'csrc'}", "-isystem", str(headers)]
-    source = ROOT / "tests" / "nvfp4" / "cutlass_collectives.cu"
-    subprocess.run(["nvcc", *flags, *paths, str(source), "-o", str(library)], check=True)
-    library = ctypes.CDLL(str(library))
-    library.dense_arguments.restype = library.grouped_arguments.restype = ctypes.c_bool
-    return library
-
-
-def call_of(m, n, k, **given):
-    """Addresses that nothing reads, each of its own."""
-    addresses = {name: 4096 * (i + 1) for i, name in enumerate(SEEN[:8])}
-    return Call(**(addresses | {"m": m, "n": n, "k": k, "sms": 148} | given))
-
-
-needs_nvcc = pytest.mark.skipif(not CUTLASS or not shutil.which("nvcc"), reason="needs nvcc and the headers of CUTLASS")
-
-
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("kernel", [SMALL100, LARGE100, SQUARE120, FLOAT100, FLOAT120])
+@pytest.mark.parametrize("kernel", DENSE)
 @pytest.mark.parametrize("a_rows, b_rows, bias", [(False, False, True), (True, False, False), (False, True, True)])
-def test_the_arguments_of_one_product(collectives, kernel, a_rows, b_rows, bias):
-    m, n, k = 7, 464, 1888
+def test_the_arguments_of_one_product(kernel, a_rows, b_rows, bias):
+    m, n, k = 7, 480, 1888
     given = {"a_global_per_row": a_rows, "b_global_per_row": b_rows} | ({} if bias else {"bias": None})
+    if kernel in CODES:
+        given |= {"scale": 1 << 20, "scale_global": 1 << 21, "swizzled": bias, "relu2": a_rows}
     call, seen = call_of(m, n, k, **given), (ctypes.c_int64 * len(SEEN))()
-    assert collectives.dense_arguments(kernel, ctypes.byref(call), seen)
+    assert collectives().dense_arguments(kernel, ctypes.byref(call), seen)
     want = [getattr(call, name, None) or 0 for name in SEEN]
-    want[SEEN.index("a_stride") :] = [k, k, n, call.sms if kernel in (SQUARE120, FLOAT120) else 0]
+    want[SEEN.index("a_stride") :] = [k, k, n, call.sms if kernel in ON_120 else 0]
     assert dict(zip(SEEN, seen, strict=True)) == dict(zip(SEEN, want, strict=True))
 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("kernel", [SMALL100, LARGE100, SQUARE120, FLOAT100, FLOAT120])
-def test_cutlass_refuses_what_we_refuse(collectives, plans, kernel):
+@pytest.mark.parametrize("kernel", DENSE)
+def test_cutlass_refuses_what_we_refuse(plans, kernel):
     """And takes what we take: its rule of whole 16 bytes is ours."""
-    out = 0 if kernel in (FLOAT100, FLOAT120) else 2
+    out = 3 if kernel in CODES else 0 if kernel in (FLOAT100, FLOAT120) else 2  # of nvfp4_gemm::Out
     for m in (1, 129):
-        for n in (1, 2, 4, 6, 8, 12, 464, 1860):
+        for n in (1, 2, 4, 6, 8, 12, 16, 32, 64, 464, 480, 1860):
             for k in (16, 32, 48, 64, 80, 464, 2688):
                 call, seen = call_of(m, n, k), (ctypes.c_int64 * len(SEEN))()
-                takes = collectives.dense_arguments(kernel, ctypes.byref(call), seen)
+                takes = collectives().dense_arguments(kernel, ctypes.byref(call), seen)
                 assert takes == (plans.gemm_unsupported(*sizes(m, n, k), out, False, False) is None), (m, n, k)
 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("kernel", [GROUPED100, GROUPED120])
+@pytest.mark.parametrize("kernel", GROUPED)
 @pytest.mark.parametrize("per_row", [False, True])
-def test_the_arguments_of_the_groups(collectives, plans, kernel, per_row):
+def test_the_arguments_of_the_groups(plans, kernel, per_row):
     experts, memory = 5, 1 << 20
     call, seen = call_of(300, 464, 1888, a_global_per_row=per_row), (ctypes.c_void_p * 13)()
-    assert collectives.grouped_arguments(kernel, ctypes.byref(call), *sizes(experts), ctypes.c_void_p(memory), seen)
+    assert collectives().grouped_arguments(kernel, ctypes.byref(call), *sizes(experts), ctypes.c_void_p(memory), seen)
     where = (ctypes.c_void_p * len(NAMES))()
     plans.grouped_place(ctypes.c_void_p(memory), *sizes(experts), where)
     at = dict(zip(NAMES, where, strict=True))
@@ -207,8 +167,8 @@ def operands(m, n, k, experts=None):
 
 
 EDGES = [
-    (1, 8, 32), (1, 4, 64), (7, 12, 64), (5, 8, 16), (5, 8, 48), (5, 8, 96), (5, 2, 64), (5, 464, 464), (5, 1856, 1856),
-    (2**31, 8, 32), (2**25, 8, 1024), (8, 2**31, 32), (2**26, 8, 512),
+    (1, 8, 32), (1, 4, 64), (7, 12, 64), (3, 16, 64), (3, 96, 64), (5, 8, 16), (5, 8, 48), (5, 8, 96), (5, 2, 64),
+    (5, 464, 464), (5, 1856, 1856), (2**31, 8, 32), (2**25, 8, 1024), (8, 2**31, 32), (2**26, 8, 512),
 ]  # fmt: skip
 
 
@@ -218,8 +178,12 @@ def test_cpp_and_python_refuse_the_same_in_the_same_words(plans, m, n, k):
         for a_layout in ("linear", "128x4"):
             for b_layout in ("linear", "128x4"):
                 layouts = {"a_layout": a_layout, "b_layout": b_layout}
-                got = plans.gemm_unsupported(*sizes(m, n, k), code, a_layout == "128x4", b_layout == "128x4")
+                tiled = a_layout == "128x4", b_layout == "128x4"
+                got = plans.gemm_unsupported(*sizes(m, n, k), code, *tiled)
                 want = _supports.block_scaled_cores(*operands(m, n, k), out_dtype=dtype, **layouts)
+                assert (got and got.decode()) == want
+                got = plans.gemm_unsupported(*sizes(m, n, k), 3, *tiled)
+                want = _supports.block_scaled_codes(*operands(m, n, k), None, **layouts)
                 assert (got and got.decode()) == want
         for experts in (0, 3):
             for layout in ("linear", "128x4"):

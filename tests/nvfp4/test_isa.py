@@ -62,12 +62,21 @@ def digests() -> dict[str, str]:
             w = nvfp4.quantize(torch.randn(53, 336))
             for m in (1, 3, 8, 40):
                 keep(f"linear {dtype} {m}", nvfp4.linear(torch.randn(m, 336).to(dtype), w, torch.randn(53).to(dtype)))
+            few = nvfp4.NVFP4Tensor.from_parts(w.q, w.block_scale.clone(), w.global_scale)
+            few.block_scale.view(torch.uint8)[7:40:5, 2] = 1  # rows that are folded by tables of their own
+            for m in (1, 3, 8, 40):
+                x8 = torch.randn(m, 336).to(dtype)
+                keep(f"linear fp8 {dtype} {m}", nvfp4.linear(x8, few, torch.randn(53).to(dtype), compute="fp8"))
             ids = torch.tensor([3, 0, 52])
             keep(f"embedding {dtype}", nvfp4.embedding(ids, w, dtype))
             a = nvfp4.quantize(torch.randn(40, 336))
             for m in (1, 3, 8, 40):
                 rows = nvfp4.NVFP4Tensor.from_parts(a.q[:m], a.block_scale[:m], a.global_scale)
                 keep(f"gemm {dtype} {m}", nvfp4.gemm(rows, w, dtype, torch.randn(53).to(dtype)))
+                wide = nvfp4.NVFP4Tensor.from_parts(w.q[:48], w.block_scale[:48], w.global_scale)
+                for activation, layout in ((None, "linear"), ("relu2", "128x4")):
+                    t = nvfp4.gemm_quantize(rows, wide, torch.tensor(0.02), None, activation, scale_layout=layout)
+                    keep(f"gemm_quantize {dtype} {m} {layout}", t.q, t.block_scale)
             offsets = torch.tensor([2, 2, 9, 40], dtype=torch.int32)
             keep(f"grouped_gemm {dtype}", nvfp4.grouped_gemm(a, nvfp4.NVFP4Tensor.stack([w, w, w]), offsets, dtype))
     return found

@@ -84,7 +84,7 @@ def test_agrees_with_the_definition(backend, problem):
     assert_right(fp8(*args), *args)
 
 
-@pytest.mark.parametrize("top", [0x7E, 0x60, 0x48, 0x38, 0x08, 0x03, 0x01])
+@pytest.mark.parametrize("top", [0x7E, 0x62, 0x61, 0x60, 0x48, 0x38, 0x08, 0x03, 0x01])
 def test_every_code_with_every_scale(backend, top):
     """One-hot activations, 448 so that their scale is 1, read out the folded weights, beside a block whose scale sets
     the power of the row."""
@@ -135,7 +135,46 @@ def test_error_added_to_the_exact_product(kind):
     assert (y - true).norm() < (y4 - true).norm()
 
 
+@pytest.mark.parametrize("m", [2, 40])
+def test_rows_with_and_without_tiny_blocks(backend, m):
+    """Weights that are subnormal after folding, in rows among others: of every power of two, alone and side by side."""
+    x, w, *_ = inputs(9 if backend == "triton" and DEVICE == "cpu" else m, 60, 5, torch.float32)
+    scales = w.block_scale.view(torch.uint8)
+    scales[3, 2], scales[10:14, 1], scales[31:34, 4], scales[59, 0] = 0x01, 0x06, 0x02, 0x07
+    tops = torch.tensor([0x01, 0x08, 0x18, 0x28, 0x38, 0x48, 0x58, 0x68, 0x78, 0x7E])
+    scales[40:50], scales[40:50, 3] = 0x01, tops.to(torch.uint8).to(DEVICE)
+    scales[50:52] = 0
+    assert_right(fp8(x, w), x, w)
+
+
+@pytest.mark.parametrize("small", [6e-43, 9e-43, 2e-41, 1e-38])
+def test_rows_of_subnormal_scales(backend, small):
+    """amax / 448 has few bits then; what is above 448 for it saturates."""
+    x, w, *_ = inputs(3, 7, 2, torch.float32)
+    x[1] = x[1] / x[1].abs().max() * small
+    with n3kernels.use_backend("reference"):
+        want = fp8(x, w._replace(global_scale=torch.full_like(w.global_scale, 1e30)))
+    got = fp8(x, w._replace(global_scale=torch.full_like(w.global_scale, 1e30)))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-15)  # a last place of sum * sx
+
+
 # ---- invariants
+
+
+@pytest.mark.parametrize("m", [1, 5, 300])
+def test_threads_do_not_show(backend, m):
+    few = backend == "triton" and DEVICE == "cpu"
+    x, w, bias, _ = inputs(min(m, 9) if few else m, 20 if few else 300, 12, torch.bfloat16, True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(fp8(x, w, bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert_right(results[0], x, w, bias)
+    assert_invariant(backend, results[0], results[1])
+    assert_invariant(backend, results[0], results[2])
 
 
 @given(problems, st.integers(-40, 40))

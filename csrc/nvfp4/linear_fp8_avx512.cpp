@@ -1,0 +1,6 @@
+#define N3_LANES 16
+#include "linear_fp8_lanes.h"
+
+namespace n3::nvfp4_linear::fp8 {
+const Kernels kAvx512Kernels = kKernels;
+}
