@@ -12,6 +12,7 @@
 #include "mamba/mamba2_decode_plan.h"
 #include "mamba/ssd_scan_plan.h"
 #include "mamba/ssm_update_plan.h"
+#include "moe/counter_pool.h"
 #include "moe/experts_nvfp4_plan.h"
 #include "moe/experts_plan.h"
 #include "moe/latent_plan.h"
@@ -171,15 +172,21 @@ PYBIND11_MODULE(_host, m) {
         py::vectorize([](float a_j, float end, float dt) { return scan::end_factor(a_j, end, dt); }));
   m.def("ssd_scan_first_column", [](int block) { return scan::first_column(block); });
 
-  // moe_experts on sm_90: (width and tokens of the template, blocks, blocks of the sum, rows, shared memory, stages);
-  // the ranges of the inner size in chunks; (expert, first slot, slots, first range, range behind the last) of items.
+  // moe_experts on sm_90, dense or NVFP4 weights: (width and tokens of the template, blocks, rows, counters, shared
+  // memory, stages); the ranges of the inner size in chunks; (expert, its tile, first range, range behind the last) of
+  // the items, from the slots of each expert.
   namespace experts = n3::moe_experts::sm90;
-  m.def("moe_experts_plan", [](int64_t t, int64_t k, int64_t e, int64_t width, int64_t inner, int64_t sms) {
-    const experts::Plan p = experts::plan(t, k, e, width, inner, sms);
+  namespace nvfp4_experts = n3::moe_experts::sm90::nvfp4;
+  m.def("moe_experts_plan", [](int64_t t, int64_t k, int64_t e, int64_t width, int64_t inner, int64_t sms, bool packed,
+                               bool gated) {
+    const experts::Kernel kernel = packed ? nvfp4_experts::kernel_for(width, gated) : experts::kernel_for(width);
+    const auto plan = packed ? experts::plan<nvfp4_experts::PackedRing> : experts::plan<experts::DenseRing>;
+    const experts::Plan p = plan(kernel, t, k, e, width, inner, sms);
     const auto width_of = [](auto* type) { return std::remove_pointer_t<decltype(type)>::kWidth; };
     const int wide = experts::with_tile(p.kernel, width_of);
-    return py::make_tuple(wide, p.tokens, p.blocks, p.combine_blocks, p.rows, p.shared, p.stages);
+    return py::make_tuple(wide, p.tokens, p.blocks, p.rows, p.counters, p.shared, p.stages);
   });
+  m.def("moe_experts_launch_tokens", &experts::tokens_of_a_launch);
   m.def("moe_experts_ranges", [](int64_t width, int64_t inner) {
     py::list ranges;
     const int32_t chunks = experts::chunks_of(inner), count = experts::ranges_of(width, inner);
@@ -190,25 +197,23 @@ PYBIND11_MODULE(_host, m) {
     return ranges;
   });
   m.def("moe_experts_items",
-        [](const std::vector<int32_t>& offsets, int64_t t, int64_t k, int64_t width, int64_t inner) {
-          const int32_t e = int32_t(offsets.size()) - 1;
-          const experts::Plan p = experts::plan(t, k, e, width, inner, 132);
+        [](const std::vector<int32_t>& slots, int64_t t, int64_t k, int64_t width, int64_t inner) {
+          const int32_t e = int32_t(slots.size());
+          const experts::Plan p =
+              experts::plan<experts::DenseRing>(experts::kernel_for(width), t, k, e, width, inner, 132);
           std::vector<int32_t> before(e + 1);
-          for (int32_t i = 0; i < e; ++i) before[i + 1] = before[i] + experts::tiles_of(offsets.data(), i, p.tokens);
+          for (int32_t i = 0; i < e; ++i) before[i + 1] = before[i] + experts::tiles_in(slots[i], p.tokens);
           py::list items;
           for (int32_t i = 0; i < experts::items_of(p.work, before.data()); ++i) {
-            const experts::Item item = experts::item_at(p.work, before.data(), offsets.data(), i, p.tokens);
-            items.append(py::make_tuple(item.expert, item.first, item.count, item.first_range, item.last_range));
+            const experts::Place at = experts::place_at(p.work, before.data(), i);
+            items.append(py::make_tuple(at.expert, at.tile, at.first_range, at.last_range));
           }
           return items;
         });
-  // The same with NVFP4 weights: (shared memory, stages); where k of a unit stands in operand b; the registers of eight
-  // codes; (what half a scale is multiplied by, as bfloat16 bits, and what sums are, after 2^8).
-  namespace nvfp4_experts = n3::moe_experts::sm90::nvfp4;
-  m.def("moe_experts_nvfp4_plan", [](int64_t t, int64_t k, int64_t e, int64_t width, int64_t inner, int64_t sms) {
-    const experts::Plan p = nvfp4_experts::plan(t, k, e, width, inner, sms);
-    return py::make_tuple(p.shared, p.stages);
-  });
+  // Counters in a pool of zeros: take(capture, stream, words) is where they begin, or -1.
+  py::class_<n3::CounterPool>(m, "CounterPool").def(py::init<int64_t>()).def("take", &n3::CounterPool::take);
+  // NVFP4 weights: where k of a unit stands in operand b; the registers of eight codes; (what half a scale is multiplied
+  // by, as bfloat16 bits, and what sums are, after 2^8).
   m.def("moe_experts_nvfp4_position", &nvfp4_experts::position_of);
   m.def("moe_experts_nvfp4_codes", [](uint32_t w) {
     return py::make_tuple(nvfp4_experts::codes_bf16<0>(w), nvfp4_experts::codes_bf16<1>(w),

@@ -189,6 +189,24 @@ N3_DEVICE void prefetch_bytes(const void* p, uint32_t bytes) {
 #endif
 }
 
+// ---- counters of blocks that have come to a point, in global memory
+
+// Whether this is the last of `arrivals` on a counter, which then is zero again. What the block wrote before a barrier
+// that this thread has passed is seen by all threads of the last one's block behind a barrier that follows.
+N3_DEVICE bool is_last(uint32_t* counter, uint32_t arrivals) {
+#if defined(__CUDACC__)
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(arrivals - 1)
+               : "memory");
+#else
+  const uint32_t before = *counter;
+  *counter = before >= arrivals - 1 ? 0 : before + 1;
+#endif
+  return before == arrivals - 1;
+}
+
 // ---- copies of tiles
 
 // By one thread: the box of `map` at these coordinates, innermost first, to shared memory; what lies outside the tensor

@@ -106,7 +106,8 @@ inline Params check(const Tensor& x, const Tensor& w_up, const Tensor& w_down, c
   N3_CHECK(op, first_expert >= 0, "first_expert must be at least 0, got ", first_expert);
   const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
   N3_CHECK(op, y_dtype == x.scalar_type() || y_dtype == ScalarType::Float,
-           "out_dtype must be float32 or the dtype of x (", dtype_name(x.scalar_type()), "), got ", dtype_name(y_dtype));
+           "out_dtype must be float32 or the dtype of x (", dtype_name(x.scalar_type()), "), got ",
+           dtype_name(y_dtype));
   if (valid_tokens) {
     check_dtype(op, "valid_tokens", *valid_tokens, ScalarType::Int);
     check_shape(op, "valid_tokens", *valid_tokens, {1});

@@ -16,6 +16,7 @@
 
 #include "../common/buffer.h"
 #include "../common/huge_pages.h"
+#include "../common/kept_pages.h"
 #include "../common/threads.h"
 #include "experts_bwd.h"
 #include "experts_bwd_engine.h"
@@ -270,12 +271,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
   const Params f = check(grad_y, x, w_up, w_down, ids, weights, activation, first_expert);
   std::vector<Tensor> alive;
   const auto data = [&](const Tensor& t) { return alive.emplace_back(torch::stable::contiguous(t)).const_data_ptr(); };
-  const auto output = [&](const Tensor& like) {
-    const Tensor t = torch::stable::new_empty(like, like.sizes());
-    ask_for_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
-    return t;
-  };
-  const Tensor dx = output(x), dup = output(w_up), ddown = output(w_down), dweights = output(weights);
+  const Tensor dx = torch::stable::new_empty(x, x.sizes());
+  const Tensor dweights = torch::stable::new_empty(weights, weights.sizes());
+  const Tensor dup = new_in_kept_pages(w_up), ddown = new_in_kept_pages(w_down);
   auto* const dweights_data = static_cast<float*>(dweights.mutable_data_ptr());
   if (f.width == 0) {  // an empty W_down has no address, and none means that there is no W_down
     std::fill_n(dweights_data, dweights.numel(), 0.f);

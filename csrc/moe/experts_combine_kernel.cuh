@@ -1,7 +1,6 @@
 // The ordered sum over a token's slots, from the rows that the experts left; and ids without those of padding rows.
 #pragma once
-#include "../common/device.cuh"
-#include "experts_plan.h"
+#include "items.cuh"
 
 namespace n3::moe_experts {
 
@@ -9,7 +8,8 @@ struct Combine {
   const float* rows;     // [tokens, top_k, parts, width]
   const float* weights;  // [tokens, top_k]
   const int32_t* ids;    // [tokens, top_k]
-  device::BF16* y;       // [tokens, width]
+  void* y;               // [tokens, width], bfloat16 or float32
+  bool float_y;
   int32_t top_k, parts, width;
   int64_t first_expert;
   int32_t experts;
@@ -56,8 +56,7 @@ static __global__ __launch_bounds__(32 * sm90::kCombineWarps, 4) void combine_ke
     __syncthreads();
   }
   if (warp || !inside) return;
-  *reinterpret_cast<uint2*>(c.y + token * c.width + column) =
-      make_uint2(device::pack<device::BF16>(sum.x, sum.y), device::pack<device::BF16>(sum.z, sum.w));
+  sm90::store_four(c.y, c.float_y, token * c.width + column, sum);
 }
 
 // ids with -1 in the rows from valid_tokens on. One element per thread.

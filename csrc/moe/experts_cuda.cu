@@ -1,10 +1,54 @@
 #include "experts_cuda.h"
 
 #include <array>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 
+#include "counter_pool.h"
 #include "experts_combine_kernel.cuh"
 
 namespace n3::moe_experts {
+
+namespace {
+
+constexpr int64_t kCounters = 1 << 20;
+__device__ uint32_t zeros[kCounters];  // of each device, once a kernel of this file or these words are asked for
+
+struct DevicePool {
+  uint32_t* words = nullptr;
+  CounterPool pool{kCounters};
+};
+
+DevicePool& pool_of(int32_t device) {
+  static std::mutex mutex;
+  static std::unordered_map<int32_t, std::unique_ptr<DevicePool>> pools;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<DevicePool>& pool = pools[device];
+  if (!pool) {
+    auto created = std::make_unique<DevicePool>();
+    void* words;
+    N3_CUDA_CHECK(op, cudaGetSymbolAddress(&words, zeros));
+    created->words = static_cast<uint32_t*>(words);
+    pool = std::move(created);
+  }
+  return *pool;
+}
+
+}  // namespace
+
+uint32_t* zero_counters(const Tensor& x, int64_t words, cudaStream_t stream, OptionalTensor& owned) {
+  cudaStreamCaptureStatus status;
+  unsigned long long capture = 0, id = 0;
+  N3_CUDA_CHECK(op, cudaStreamGetCaptureInfo(stream, &status, &capture));
+  if (status != cudaStreamCaptureStatusActive) capture = 0;
+  N3_CUDA_CHECK(op, cudaStreamGetId(stream, &id));
+  DevicePool& device = pool_of(x.get_device_index());
+  const int64_t first = device.pool.take(capture, id, words);
+  if (first >= 0) return device.words + first;
+  owned = torch::stable::new_zeros(x, {words}, ScalarType::Int);
+  return static_cast<uint32_t*>(owned->mutable_data_ptr());
+}
 
 Sorted sort_slots(const Params& p, const Tensor& ids, const OptionalTensor& valid_tokens, cudaStream_t stream) {
   Tensor used = torch::stable::contiguous(ids);
@@ -30,7 +74,8 @@ void combine(const Params& p, const Tensor& rows, int32_t parts, const Tensor& w
   const Combine c{static_cast<const float*>(rows.const_data_ptr()),
                   static_cast<const float*>(weights.const_data_ptr()),
                   static_cast<const int32_t*>(ids.const_data_ptr()),
-                  static_cast<device::BF16*>(y.mutable_data_ptr()),
+                  y.mutable_data_ptr(),
+                  p.y_dtype == ScalarType::Float,
                   int32_t(p.top_k),
                   parts,
                   int32_t(p.width),

@@ -11,40 +11,24 @@ namespace n3::moe_experts::sm90::nvfp4 {
 
 constexpr int kUnit = 128;     // rows and k of a unit
 constexpr int kPerScale = 16;  // k
-constexpr int kLoaders = 3;    // warps that fetch scales and inputs
 
-// Byte offsets from a start that is a multiple of 1024. A stage holds a unit: codes in boxes [half of the rows, parity
-// of the row] of 32 rows of 64 bytes, swizzled; then the scales, as bfloat16, in that order of rows.
+// A stage holds a unit: codes in boxes [half of the rows, parity of the row] of 32 rows of 64 bytes, swizzled; then the
+// scales, as bfloat16, in that order of rows.
+constexpr int kBox = 32 * 64, kCodes = 4 * kBox;
 template <typename Tile>
-struct Shared {
-  static constexpr int kBox = 32 * 64;
-  static constexpr int kCodes = 4 * kBox, kScales = kUnit * kUnit / kPerScale * 2, kStage = kCodes + kScales;
-  static constexpr int kBlock = Tile::kTokens * 128;  // 64 k of each token: operand b, in rows of 128 bytes
-  static constexpr int kInputs = (Tile::kWidth / 64) * kBlock;
-  static constexpr int kHidden = 2 * 2 * kBlock;      // twice, of two chunks of the inner size
-  static constexpr int kBefore = 4 * (kMostExperts + 4);
-  static constexpr int kTotals = 4 * (kThreads / 32);
-  static constexpr int kMostStages = 20;
-  static constexpr int kBarriers = 8 * (2 * kMostStages + 2);
-  static constexpr int kFit = (kSharedLimit - kInputs - kHidden - kBefore - kTotals - kBarriers) / kStage;
-  static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
-  static_assert(kStages >= 8, "too few loads under way to keep the memory busy");
-  static_assert(kStage % 1024 == 0 && kBlock % 1024 == 0 && kBefore % 16 == 0 && kTotals % 16 == 0);
+using PackedRing = Ring<Tile, kCodes + kUnit * kUnit / kPerScale * 2, 20>;
 
-  static constexpr int kInputsAt = kStages * kStage;
-  static constexpr int kHiddenAt = kInputsAt + kInputs;
-  static constexpr int kBeforeAt = kHiddenAt + kHidden;
-  static constexpr int kTotalsAt = kBeforeAt + kBefore;
-  static constexpr int kBarriersAt = kTotalsAt + kTotals;
-  static constexpr int kBytes = kBarriersAt + kBarriers;
-  static_assert(kBytes <= kSharedLimit && kBarriersAt % 8 == 0);
+// Of a gate's sums the registers have no room beside the outputs of the largest template: 8 tokens have.
+template <typename Tile, bool kGated>
+constexpr bool kHasRoom = !kGated || Tile::kTiles * Tile::kTokens / 2 <= 128;
 
-  N3_HD static int stage_at(int stage) { return stage * kStage; }
-  N3_HD static int codes_at(int half, int parity) { return (2 * half + parity) * kBox; }                // in a stage
-  N3_HD static int scales_at(int half, int parity, int row) { return kCodes + ((2 * half + parity) * 32 + row) * 16; }
-  N3_HD static int inputs_at(int block) { return kInputsAt + block * kBlock; }
-  N3_HD static int hidden_at(int slot, int block) { return kHiddenAt + (2 * slot + block) * kBlock; }
-};
+inline Kernel kernel_for(int64_t width, bool gated) {
+  const Kernel kernel = sm90::kernel_for(width);
+  return gated && kernel == Kernel::kTile2688 ? Kernel::kTile3584 : kernel;
+}
+
+N3_HD int codes_at(int half, int parity) { return (2 * half + parity) * kBox; }
+N3_HD int scales_at(int half, int parity, int row) { return kCodes + ((2 * half + parity) * 32 + row) * 16; }
 
 // Rows of 64 bytes: bits 4 and 5 of an offset are exchanged as the copy engine does it.
 N3_HD int swizzled_half(int offset) { return offset ^ ((offset >> 7 & 3) << 4); }
@@ -82,17 +66,5 @@ N3_HD Global global_of(float global) {
 }
 
 N3_HD float finished(float sum, float rest) { return sum * 256.f * rest; }
-
-// ---------------------------------------------------------------- the plan
-
-inline Plan plan(int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
-                 int64_t multiprocessors) {
-  Plan p = sm90::plan(tokens, top_k, experts, width, inner, multiprocessors);
-  with_tile(p.kernel, [&](auto* type) {
-    using S = Shared<std::remove_pointer_t<decltype(type)>>;
-    p.shared = S::kBytes, p.stages = S::kStages;
-  });
-  return p;
-}
 
 }  // namespace n3::moe_experts::sm90::nvfp4

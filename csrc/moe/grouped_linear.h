@@ -5,12 +5,11 @@
 #include <string>
 
 #include "../common/check.h"
+#include "grouped_activation.h"
 
 namespace n3::grouped_linear {
 
 constexpr const char* op = "grouped_linear";
-
-enum class Activation { kNone, kRelu2, kSilu, kGelu };  // silu and gelu gate: act(first half of n) * second half
 
 struct Params {
   const void* x;               // [m, k]
@@ -65,7 +64,7 @@ inline Params check(const char* name, const Tensor& x, const Tensor& w, const Te
   const Activation act = check_activation(name, activation);
   check_dim(name, "w", w, 3);
   const int64_t groups = w.size(0), n = w.size(1);
-  const bool gated = act == Activation::kSilu || act == Activation::kGelu;
+  const bool gated = is_gated(act);
   N3_CHECK(name, groups >= 1, "w must have at least 1 group, got ", groups);
   N3_CHECK(name, !gated || n % 2 == 0, "w must have an even number of rows per group for ", *activation, ", got ", n);
   check_weights(name, x, w, block_scale, global_scale);

@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../common/huge_pages.h"
+#include "../common/kept_pages.h"
 #include "experts_bwd_engine.h"
 #include "products.h"
 
@@ -63,9 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   f.gather = gather ? static_cast<const int32_t*>(data(*gather)) : nullptr;
   grouped_linear::check_values(op, f);
 
-  const Tensor dx = torch::stable::new_empty(x, x.sizes()), dw = torch::stable::new_empty(w, w.sizes());
+  const Tensor dx = torch::stable::new_empty(x, x.sizes()), dw = new_in_kept_pages(w);
   const Tensor dscale = torch::stable::new_empty(x, {row_scale ? f.rows : 0}, ScalarType::Float);
-  ask_for_huge_pages(dw.mutable_data_ptr(), dw.numel() * dw.element_size());
   auto* const dscale_data = static_cast<float*>(dscale.mutable_data_ptr());
   std::fill_n(dscale_data, dscale.numel(), 0.f);
   const auto rows = moe_bwd::row_floats(f.rows, f.k);

@@ -58,6 +58,16 @@ N3_DEVICE void release(hopper::Barrier* empty) {
   if (threadIdx.x % 32 == 0) hopper::arrive(empty);
 }
 
+// Elements at .. at + 3 of a result in float32 or bfloat16, `at` being a multiple of 4.
+N3_DEVICE void store_four(void* y, bool in_float, int64_t at, const float4& v) {
+  if (in_float) {
+    *reinterpret_cast<float4*>(static_cast<float*>(y) + at) = v;
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<device::BF16*>(y) + at) =
+        make_uint2(device::pack<device::BF16>(v.x, v.y), device::pack<device::BF16>(v.z, v.w));
+  }
+}
+
 // relu(v)^2; NaN stays.
 N3_DEVICE float relu2(float v) {
   const float positive = v < 0.f ? 0.f : v;

@@ -20,7 +20,8 @@ def not_float64(*args: object, **kwargs: object) -> str | None:
 
 def decode_experts(x, w_up, w_down, ids, weights, up_scale=None, up_global=None, down_scale=None, down_global=None,
                    valid_tokens=None, *, activation="relu2", first_expert=0, out_dtype=None) -> str | None:  # fmt: skip
-    """What the sm_90 kernels of moe_experts cover; csrc/moe/experts_sm90.cu and experts_nvfp4_sm90.cu say the same."""
+    """What the sm_90 kernels of moe_experts cover, for few tokens per expert and for many; experts_sm90.cu in csrc/moe
+    says the same."""
     if reason := not_float64(x):
         return reason
     if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
@@ -29,20 +30,18 @@ def decode_experts(x, w_up, w_down, ids, weights, up_scale=None, up_global=None,
         return "takes bfloat16 x, got float32: tensor cores would round it"
     if x.dtype == torch.float16:
         return "takes bfloat16 x, got float16: relu2 may pass 65504"
-    if out_dtype not in (None, x.dtype):
-        return "writes bfloat16"
-    if up_scale is not None and activation != "relu2":
-        return "takes relu2 with NVFP4 weights, not the gated ones"
     experts, width, slots = len(w_up), x.shape[1], ids.numel()
     inner = w_up.shape[1] // (1 if activation == "relu2" else 2)
-    if not 8 <= width <= 3584 or width % 8:
-        return "takes x of 8 to 3584 columns, a multiple of 8"
+    wide = slots > 64 * experts and not _dispatch._batch_invariant  # two grouped products: products bound the time
+    if width < 8 or width % 8 or (width > 3584 and not wide):
+        few = "takes x of 8 to 3584 columns, a multiple of 8"
+        return "takes positive multiples of 8 columns of x" if wide else few
     if inner < 8 or inner % 8:
         return "takes an inner size that is a positive multiple of 8"
     if experts > 1024:
         return "takes up to 1024 experts"
-    if slots > 64 * experts:
-        return "takes up to 64 slots per expert on average: beyond, products and not memory bound the time"
+    if ids.shape[1] > 65536:
+        return "takes up to 65536 slots per token"
     if up_scale is not None:
         return _nvfp4_rows(w_up, up_scale) or _nvfp4_rows(w_down, down_scale)
     if not _in_rows(w_up) or not _in_rows(w_down):
@@ -52,24 +51,23 @@ def decode_experts(x, w_up, w_down, ids, weights, up_scale=None, up_global=None,
 
 def tensor_core_groups(x, w, offsets, gather=None, row_scale=None, block_scale=None, global_scale=None, *,
                        activation=None) -> str | None:  # fmt: skip
-    """What the sm_90 kernel of grouped_linear covers; csrc/moe/grouped_linear_sm90.cu says the same."""
+    """What the sm_90 kernels of grouped_linear cover; csrc/moe/grouped_linear_sm90.cu says the same."""
     if reason := not_float64(x):
         return reason
     if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
         return "takes GPUs of compute capability 9.0"
     if x.dtype == torch.float32:
         return "takes float16 and bfloat16 x, got float32: tensor cores would round it"
-    if block_scale is not None:
-        return "takes dense weights"
-    if activation not in (None, "relu2"):
-        return "takes relu2 or no activation, not the gated ones"
-    groups, n, k = w.shape
-    if k < 8 or k % 8 or n < 8 or n % 8:
-        return "takes positive multiples of 8 rows and columns per group"
+    groups, n = w.shape[:2]
+    outputs = n // 2 if activation in ("silu", "gelu") else n
+    if x.shape[1] < 8 or x.shape[1] % 8 or outputs < 8 or outputs % 8:
+        return "takes positive multiples of 8 columns of x and of the result"
     if groups > 1024:
         return "takes up to 1024 groups"
     if max(len(x), 0 if gather is None else len(gather)) >= 2**31:
         return "takes fewer than 2^31 rows"
+    if block_scale is not None:
+        return _nvfp4_rows(w, block_scale)
     if not _in_rows(w):
         return "takes weights whose rows are contiguous and begin at multiples of 16 bytes"
     return None

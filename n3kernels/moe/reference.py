@@ -232,11 +232,8 @@ def check_groups(op: str, x: Tensor, offsets: Tensor, gather: Tensor | None) -> 
     """What only the values tell. Elsewhere than on the CPU the host must not wait for them."""
     if offsets.device.type != "cpu":
         return
-    check, rows, before = Check(op), len(x) if gather is None else len(gather), 0
-    for end in offsets.tolist():
-        check.that(0 <= end <= rows, f"offsets must be between 0 and {rows}", end)
-        check.that(end >= before, f"offsets must not fall, got {end} after {before}")
-        before = end
+    check = Check(op)
+    check.offsets(offsets, len(x) if gather is None else len(gather))
     if gather is not None and (far := gather >= len(x)).any():
         check.fail(f"gather must be below the {len(x)} rows of x, got {gather[far][0].item()}")
 

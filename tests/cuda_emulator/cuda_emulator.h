@@ -1,4 +1,5 @@
-// Runs device code on a CPU: blocks one after the other, the threads of a block as fibers that take turns at barriers.
+// Runs device code on a CPU: blocks one after the other, in ascending or any other order, or some at once; the threads of
+// a block as fibers that take turns at barriers.
 //
 // csrc/common/device.cuh includes this where no CUDA compiler reads it, so that the kernels' own text is compiled. What
 // it shows: indices, masks, layouts, the order of sums, missing barriers (threads run in the order given to launch(),
@@ -17,6 +18,8 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -116,11 +119,37 @@ inline bool release(size_t begin, size_t end, decltype(Thread::state) where) {
   return any;
 }
 
+// Of blocks, and of warps: 0 is ascending, others are seeds of a shuffle.
+inline std::mt19937_64 shuffle;
+inline bool shuffled = false;
+
+inline void order_blocks(uint64_t seed) {
+  shuffled = seed != 0;
+  shuffle.seed(seed);
+}
+
+inline std::vector<size_t> turns(size_t count) {
+  std::vector<size_t> order(count);
+  std::iota(order.begin(), order.end(), size_t(0));
+  if (shuffled) std::shuffle(order.begin(), order.end(), shuffle);
+  return order;
+}
+
 inline void run_block(bool reversed) {
   const size_t count = block.threads.size();
-  for (;;) {
-    bool progress = false;
-    for (size_t w = 0; w < count; w += 32) {  // a warp goes as far as it can before the next one moves
+  std::vector<bool> asleep((count + 31) / 32);
+  uint32_t passes = 0;
+  for (bool everybody = false;;) {
+    if (shuffled && passes++ % 24 == 0) {  // some warps are late: what does not wait for them goes on
+      for (size_t w = 0; w < asleep.size(); ++w) asleep[w] = shuffle() % 8 == 0;
+    }
+    bool progress = false, skipped = false;
+    for (const size_t turn : turns(asleep.size())) {  // a warp goes as far as it can before the next one moves
+      if (asleep[turn] && !everybody) {
+        skipped = true;
+        continue;
+      }
+      const size_t w = 32 * turn;
       const size_t begin = reversed ? (count - 1) / 32 * 32 - w : w, end = std::min(begin + 32, count);
       do {
         for (size_t n = begin; n < end; ++n) {
@@ -137,7 +166,8 @@ inline void run_block(bool reversed) {
     }
     for (size_t b = 0; b < count; b += block.size) progress |= release(b, b + block.size, Thread::kAtBlock);
     progress |= release(0, count, Thread::kAtCluster);
-    if (progress) continue;
+    everybody = !progress;
+    if (progress || skipped) continue;
     for (const Thread& t : block.threads) {
       if (t.state != Thread::kDone) die("threads wait at different barriers");
     }
@@ -145,19 +175,21 @@ inline void run_block(bool reversed) {
   }
 }
 
-// kernel<<<blocks, threads>>>() in clusters of `cluster` blocks, `body` being the call. Threads take their turns in
-// ascending or descending order.
+// kernel<<<blocks, threads>>>() in clusters of `cluster` blocks, `body` being the call; or without clusters, so many at
+// once. Threads take their turns in ascending or descending order.
 inline void launch(int64_t blocks, int threads, bool reversed, const std::function<void()>& body, int cluster = 1) {
   constexpr size_t kStack = 256 * 1024;
   block.body = &body;
-  block.threads.resize(threads * cluster);
-  block.warps.assign((threads * cluster + 31) / 32, {});
   block.size = threads;
   grid_dim.x = uint32_t(blocks);
-  for (int64_t b = 0; b < blocks; b += cluster) {
+  for (const size_t turn : turns(size_t((blocks + cluster - 1) / cluster))) {
+    const int64_t b = int64_t(turn) * cluster;
+    const int count = threads * int(std::min<int64_t>(cluster, blocks - b));
+    block.threads.resize(count);
+    block.warps.assign((count + 31) / 32, {});
     block.first = block_index.x = uint32_t(b);
     block.started = false;
-    for (int i = 0; i < threads * cluster; ++i) {
+    for (int i = 0; i < count; ++i) {
       Thread& t = block.threads[i];
       if (!t.stack) t.stack.reset(new char[kStack]);
       t.index = uint32_t(i);

@@ -1,25 +1,15 @@
-"""How moe_experts with NVFP4 weights runs on sm_90a: shared memory, the order of k, decoding, what is taken."""
+"""How moe_experts with NVFP4 weights runs on sm_90a: the order of k, decoding, what is taken."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_experts_plan import MODELS, ODD
 
 from n3kernels.moe._supports import decode_experts
 
 _host = pytest.importorskip("n3kernels._host", reason="_host was built for another Python")
 
 MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-
-
-@pytest.mark.parametrize("model", [m for m in MODELS + ODD if m[2] % 16 == 0])
-def test_the_plan_fits(model):
-    experts, k, width, inner = model
-    for tokens in (0, 1, 64 * experts // k):
-        shared, stages = _host.moe_experts_nvfp4_plan(tokens, k, experts, width, inner, 132)
-        assert shared <= 227 * 1024
-        assert stages * 10240 >= 80 * 1024  # under way per multiprocessor: three times 3.35 TB/s for a microsecond
 
 
 def test_a_thread_has_32_neighbouring_k():
@@ -78,15 +68,14 @@ def test_takes(experts, width, inner):
     assert decode_experts(*operands(experts, width, inner)) is None
     assert decode_experts(*operands(experts, width, inner, pad=8)) is None
     assert decode_experts(*operands(experts, width, inner, tokens=0)) is None
+    assert decode_experts(*operands(experts, width, inner, tokens=32 * experts + 1)) is None
 
 
 def test_says_why_not():
     rows = "takes codes whose rows are contiguous, each two beginning at a multiple of 16 bytes"
     good = operands()
     assert "float32" in decode_experts(*operands(dtype=torch.float32))
-    assert "gated" in decode_experts(*good, activation="silu")
     assert "8 to 3584" in decode_experts(*operands(width=3600))
-    assert "64 slots" in decode_experts(*operands(tokens=65))
     assert decode_experts(*operands(pad=4)) == rows
     w = good[1]
     shifted = w.new_zeros(w.numel() + 8)[8:].view(w.shape)
