@@ -64,7 +64,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=0.1, help="relative slowdown that comparisons allow")
     parser.add_argument("--save", action="store_true", help="also keep the run under benchmarks/results/<device>/")
     parser.add_argument("--report", action="store_true", help="measure nothing: plot what is recorded into OUT/report")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"argument --threads: must be at least 1, got {options.threads}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

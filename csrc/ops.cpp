@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(n3, m) {
       "nvfp4_gemm(Tensor a, Tensor a_scale, Tensor a_global, Tensor b, Tensor b_scale, Tensor b_global, "
       "Tensor? bias=None, *, ScalarType out_dtype, str a_layout='linear', str b_layout='linear') -> Tensor");
   m.def(
+      "nvfp4_gemm.quantized(Tensor a, Tensor a_scale, Tensor a_global, Tensor b, Tensor b_scale, Tensor b_global, "
+      "Tensor global_scale, Tensor? bias=None, str? activation=None, *, str a_layout='linear', "
+      "str b_layout='linear', str scale_layout='linear') -> (Tensor q, Tensor block_scale)");
+  m.def(
       "nvfp4_grouped_gemm(Tensor a, Tensor a_scale, Tensor a_global, Tensor b, Tensor b_scale, Tensor b_global, "
       "Tensor offsets, *, ScalarType out_dtype, str b_layout='linear') -> Tensor");
   m.def(

@@ -68,6 +68,16 @@ class Check:
             if t is not None and t.device != o.device:
                 self.fail(f"{name} must be on the device of {other} ({o.device}), got {t.device}")
 
+    def offsets(self, offsets: Tensor, rows: int) -> None:
+        """Values of the offsets of groups of rows, on the CPU alone: elsewhere the host must not wait for them."""
+        if offsets.device.type != "cpu":
+            return
+        before = 0
+        for end in offsets.tolist():
+            self.that(0 <= end <= rows, f"offsets must be between 0 and {rows}", end)
+            self.that(end >= before, f"offsets must not fall, got {end} after {before}")
+            before = end
+
     def choice(self, name: str, value: object, allowed: Sequence[object]) -> None:
         if value not in allowed:
             self.fail(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")

@@ -28,12 +28,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ._autograd import autograd_kernel
+from ._checks import Check
 
 __all__ = ["BACKENDS", "Explanation", "OPS", "backends_of", "batch_invariant", "explain", "register", "use_backend"]
 
@@ -99,16 +102,38 @@ def register(
     composite: its reference calls other operators and is what autograd and ``torch.compile`` see.
     """
     op = OPS[name] = Op(name, check, reference, triton, supports or {}, missing or {}, composite=fake is None)
+    op.check = _with_written(op, check)
     for backend, key in _CPP.items():
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"n3::{name}", key):
             op.kernels[backend] = torch.library.get_kernel(f"n3::{name}", key)
     if op.composite:
-        _lib.impl(name, _checked(op, reference), "CompositeImplicitAutograd")
+        _lib.impl(name, partial(_define, op), "CompositeImplicitAutograd")
         return
-    _lib.impl(name, _checked(op, reference), "CompositeExplicitAutograd")
+    _lib.impl(name, partial(_define, op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"n3::{name}", _checked(op, fake), lib=_lib)
-    if backward is not None:
-        torch.library.register_autograd(f"n3::{name}", backward, setup_context=setup_context, lib=_lib)
+    if backward is not None or name.endswith("_bwd"):  # in Python: decoding is not to pay for it
+        kernel = autograd_kernel(op.overload, op.signature, setup_context, backward)
+        _lib.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _with_written(op: Op, check: Callable[..., None]) -> Callable[..., None]:
+    """``check``, and that what is written in place has memory for each element. The C++ twin is common/written.h."""
+    arguments = op.overload._schema.arguments
+    written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return check
+
+    @wraps(check)
+    def call(*args, **kwargs):
+        check(*args, **kwargs)
+        for i, name in written:
+            value = args[i] if i < len(args) else kwargs.get(name)
+            for d in range(0 if value is None else value.dim()):
+                if value.stride(d) == 0 and value.shape[d] > 1:
+                    words = f"{name} must not be expanded, as it is written in place, got stride 0 along dimension {d}"
+                    Check(op.name.split(".")[0]).fail(f"{words} of size {value.shape[d]}")
+
+    return call
 
 
 def _checked(op: Op, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +142,16 @@ def _checked(op: Op, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn(*args, **kwargs)
 
     return call
+
+
+def _define(op: Op, *args, **kwargs) -> Any:
+    """The reference, checked. Autocast is still on below the dispatcher: it would make a definition's matrix products
+    in bfloat16, but for those of a composite, which are the user's as if written out."""
+    op.check(*args, **kwargs)
+    if op.composite or not torch.is_autocast_enabled(device := args[0].device.type):
+        return op.reference(*args, **kwargs)
+    with torch.autocast(device, enabled=False):
+        return op.reference(*args, **kwargs)
 
 
 # ---------------------------------------------------------------- what runs where
@@ -256,8 +291,7 @@ def explain(op: str | torch._ops.OpOverload, *args: Any, device: str | None = No
 
 def _call(op: Op, backend: str, device: str, args: tuple, kwargs: dict) -> Any:
     if backend == "reference":
-        op.check(*args, **kwargs)
-        return op.reference(*args, **kwargs)
+        return _define(op, *args, **kwargs)
     if backend == "triton":
         op.check(*args, **kwargs)
         return _triton(op.triton)(*args, **kwargs)

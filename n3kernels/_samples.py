@@ -94,6 +94,16 @@ def _(r: _Random) -> Call:
     return (*r.nvfp4(3, 64), *r.nvfp4(24, 64), r.normal(24)), {"out_dtype": torch.float32}
 
 
+@_of("nvfp4_gemm.quantized")
+def _(r: _Random) -> Call:
+    # Block scales of 1: the sums are exact in any order, and so every backend's codes are the same.
+    def operand(rows: int) -> tuple[Tensor, ...]:
+        codes = r.integers(256, rows, 32).to(torch.uint8)
+        return codes, torch.ones(rows, 4).to(torch.float8_e4m3fn), torch.tensor(0.25)
+
+    return (*operand(3), *operand(32), torch.tensor(0.01), None, "relu2"), {"scale_layout": "128x4"}
+
+
 @_of("nvfp4_grouped_gemm")
 def _(r: _Random) -> Call:
     return (*r.nvfp4(7, 64), *r.nvfp4(3, 24, 64), _ints(1, 4, 4, 6)), {"out_dtype": torch.float32}

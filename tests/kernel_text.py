@@ -20,10 +20,12 @@ ALIGNED = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 
 
 @functools.cache
-def load(source: str, csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
-    """``tests/cuda_emulator/<source>`` with the kernels that it includes from ``csrc``, once per process."""
+def load(source: str, csrc: Path = ROOT / "csrc", system: tuple[Path, ...] = ()) -> ctypes.CDLL:
+    """``tests/cuda_emulator/<source>`` with the kernels that it includes from ``csrc``, once per process; headers of
+    others are in ``system``."""
     emulator = ROOT / "tests" / "cuda_emulator"
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", *ALIGNED, f"-I{csrc}", f"-I{emulator}"]
+    flags += [flag for folder in system for flag in ("-isystem", str(folder))]
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "emulated.so"
         subprocess.run(["g++", *flags, str(emulator / source), "-o", str(built)], check=True)

@@ -48,7 +48,8 @@ def enable(model: str | object | None = None) -> list[str]:
     ``from_pretrained`` then loads them packed (`transformers_nvfp4.register_quantizers`).
 
     Args:
-        model: a model, its class, or the name of an architecture (a key of ``ARCHITECTURES``); None: all of them.
+        model: a model, wrapped or not, its class, or the name of an architecture (a key of ``ARCHITECTURES``); None:
+            all of them.
     Returns:
         The architectures that were changed by this call.
     Raises:
@@ -81,10 +82,11 @@ def disable() -> None:
 
 def _architecture(model: str | object) -> str:
     if isinstance(model, str):
-        name = model
-    else:
-        module = (model if isinstance(model, type) else type(model)).__module__
-        name = module.rpartition(".modeling_")[2]
+        names = [model]
+    else:  # subclasses of transformers' models, and models in wrappers: adapters, torch.compile
+        kinds = [model] if isinstance(model, type) else map(type, getattr(model, "modules", lambda: [model])())
+        names = [base.__module__.rpartition(".modeling_")[2] for kind in kinds for base in kind.__mro__]
+    name = next((name for name in names if name in ARCHITECTURES), names[0])
     if name not in ARCHITECTURES:
         raise ValueError(f"no Mamba-2 layers of transformers in {name!r}; there are {', '.join(ARCHITECTURES)}")
     return name

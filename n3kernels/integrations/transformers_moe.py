@@ -39,8 +39,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     w_up = self.gate_up_proj if self.has_gate else self.up_proj
     y = torch.ops.n3.moe_experts(
-        hidden_states.to(w_up.dtype), w_up, self.down_proj, top_k_index.int(), top_k_weights.float(),
-        activation=activation,
+        hidden_states.to(w_up.dtype), w_up, self.down_proj, top_k_index.int(),
+        top_k_weights.to(torch.promote_types(w_up.dtype, torch.float32)), activation=activation,
     )  # fmt: skip
     return y.to(hidden_states.dtype)
 

@@ -185,6 +185,30 @@ def test_one_architecture_is_enough():
     assert modeling_bamba.causal_conv1d_fn is theirs
 
 
+def test_subclasses_and_wrapped_models():
+    class Mine(transformers.Mamba2ForCausalLM):
+        pass
+
+    assert n3.enable(Mine) == ["mamba2"]
+    assert n3.enable("mamba2") == []
+    n3.disable()
+    config = transformers.Mamba2Config(
+        vocab_size=8, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    adapted = torch.nn.ModuleDict({"base_model": Mine(config)})
+    assert n3.enable(adapted) == ["mamba2"]
+    with pytest.raises(ValueError, match="no Mamba-2 layers"):
+        n3.enable(torch.nn.Linear(2, 2))
+
+
+def test_float64(model):
+    """Which transformers' own grouped products refuse."""
+    inputs = {"input_ids": ids()}
+    expected = logits(model, **inputs)
+    n3.enable(model)
+    assert error(logits(model.double(), **inputs), expected) < 1e-4
+
+
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="no Mamba-2 layers of transformers in 'llama'"):
         n3.enable(transformers.LlamaForCausalLM)
