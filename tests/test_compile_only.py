@@ -13,6 +13,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -22,6 +23,24 @@ SHARED_MEMORY = {90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # In PTX, what is not one rounding to nearest: `/`, sqrt and exp of Triton in float32 (div_rn and sqrt_rn are), fused
 # multiply-adds, and what names no rounding, which the assembler may fuse.
 INEXACT = re.compile(r"\b(?:(?:div\.full|\w+\.approx|fma\.rn|add|sub|mul)(?:\.ftz)?|\w+\.rn\.ftz)\.f32\b")
+
+
+# Of a kernel in a cubin: registers and, in bytes, local memory of a thread.
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)")
+# What may lie in local memory, in bytes, although registers are not out: ptxas gives up some to have one block more on
+# a multiprocessor.
+TRADED = 32
+# What spills, in bytes, by architecture and the beginning of a case's name: no more, and nothing else. Neither more nor
+# fewer warps help these.
+SPILLS = {
+    (90, "mamba.ssd_scan_bwd:scan-bwd-head_grads-strided"): 8,
+    (90, "mamba.ssd_scan_bwd:scan-bwd-group_grads-strided-fp32"): 16,
+    (100, "mamba.ssd_scan_bwd:scan-bwd-head_grads-strided"): 16,
+    (100, "nvfp4.gemm:grouped-"): 32,  # with fewer warps the dense product spills
+    (120, "mamba.ssd_scan_bwd:scan-bwd-head_grads-"): 64,
+    (120, "mamba.ssd_scan_bwd:scan-bwd-group_grads-"): 56,
+    (120, "nvfp4.linear:linear-fp16-"): 56,  # with bfloat16 the same tiles fit
+}
 
 
 def all_cases(arch: int):
@@ -57,7 +76,22 @@ def compile_case(case, arch: int) -> dict[str, object]:
     source = ASTSource(case.kernel, signature, constants, attrs)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
     inexact = sorted(set(INEXACT.findall(kernel.asm["ptx"]))) if case.exact else []
-    return {"shared": kernel.metadata.shared, "cubin": len(kernel.asm["cubin"]), "inexact": inexact}
+    registers, local = usage_of(kernel.asm["cubin"])
+    left = min(255, 65536 // (32 * kernel.metadata.num_warps)) - registers
+    return {"shared": kernel.metadata.shared, "local": local, "registers_left": left, "inexact": inexact}
+
+
+def usage_of(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes in local memory of a thread, read from a cubin by the tool that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (max(map(int, numbers)) for numbers in zip(*USAGE.findall(said), strict=True))
+    return registers, stack + local
 
 
 def main(arch: int) -> None:
@@ -91,8 +125,16 @@ def compiled():
 def test_compiles(compiled, arch, name):
     result = compiled[arch][name]
     assert "error" not in result, result["error"]
-    assert result["cubin"] > 0 and not result["inexact"]
+    assert not result["inexact"]
+    known = max((bytes for (a, case), bytes in SPILLS.items() if a == arch and name.startswith(case)), default=0)
+    allowed = TRADED if result["registers_left"] >= 8 else known
+    assert result["local"] <= allowed, f"{result['local']} bytes of a thread do not fit into registers"
     assert result["shared"] <= SHARED_MEMORY[arch], f"{result['shared']} bytes of shared memory"
+
+
+@pytest.mark.parametrize("arch, case", SPILLS)
+def test_what_may_spill_is_there(arch, case):
+    assert any(f"{module}:{c.name}".startswith(case) for module, c in all_cases(arch))
 
 
 def test_every_kernel_has_a_case():

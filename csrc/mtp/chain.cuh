@@ -4,21 +4,7 @@
 
 namespace n3::mtp {
 
-struct VerifyArgs {
-  VerifyMode mode;
-  int32_t dense_type;  // DenseType
-  const int64_t *seed, *pos;  // by slot, by request
-  const double* uniforms;     // by row; null: Philox's
-  const int32_t *drafts, *eos;
-  int32_t eos_count;
-  const float* law_probs;  // null: drafts are certain, or dense
-  int64_t relaxed_top_k;
-  double relaxed_delta, typical_epsilon, typical_delta;
-  int32_t *tokens, *num_emitted, *last_row, *flags;
-  float* logprobs;
-};
-
-N3_DEVICE bool is_eos(const VerifyArgs& c, int32_t token) {
+N3_DEVICE bool is_eos(const WalkArgs& c, int32_t token) {
   bool found = false;
   for (int32_t i = 0; i < c.eos_count; ++i) found |= c.eos[i] == token;
   return found;
@@ -41,10 +27,11 @@ N3_DEVICE Chain32 chain_of(const RowArgs& a, const VerifyArgs& c, const Unit& u)
   return {most, false};
 }
 
-N3_DEVICE double accept_uniform(const VerifyArgs& c, int64_t row, int64_t seed, int64_t pos) {
-  return c.uniforms ? c.uniforms[2 * row] : uniform(seed, pos, kAccept, 0);
+// Given by row, or Philox's; of siblings by their number.
+N3_DEVICE double accept_uniform(const WalkArgs& c, int64_t row, int64_t seed, int64_t pos, int32_t sibling = 0) {
+  return c.uniforms ? c.uniforms[2 * row] : uniform(seed, pos, kAccept, sibling);
 }
-N3_DEVICE double final_uniform(const VerifyArgs& c, int64_t row, int64_t seed, int64_t pos) {
+N3_DEVICE double final_uniform(const WalkArgs& c, int64_t row, int64_t seed, int64_t pos) {
   return c.uniforms ? c.uniforms[2 * row + 1] : uniform53(seed, pos, kResidual);
 }
 

@@ -2,12 +2,10 @@
 // n3kernels/mtp/commit.py.
 #pragma once
 #include <tuple>
-#include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
+#include "../common/written.h"
 #include "commit_request.h"
-#include "rows.h"
+#include "operands.h"
 
 namespace n3::mtp_commit {
 
@@ -51,20 +49,26 @@ inline void check(const Tensor& tokens, const Tensor& num_emitted, const Tensor&
   mtp::check_devices(op, "tokens", tokens,
                      {{"slot", &slot}, {"eos_ids", &eos_ids}, {"max_len", &max_len}, {"finished", &finished},
                       {"histogram", &histogram}, {"ring_pos", &ring_pos}});
+  check_written(op, "seq_len", seq_len);
+  check_written(op, "finished", finished);
+  check_written(op, "histogram", histogram);
+  check_written(op, "ring_pos", ring_pos);
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The arguments of a checked call, the tensors they point into, and its outputs.
+// A checked call.
 class Call {
  public:
   Call(const Tensor& tokens, const Tensor& num_emitted, const Tensor& cu_rows, const Tensor& seq_len,
        const OptionalTensor& slot, const OptionalTensor& eos_ids, const OptionalTensor& max_len,
        const OptionalTensor& finished, const OptionalTensor& histogram, const OptionalTensor& ring_pos,
-       int64_t ring_size, int64_t ring_tokens) {
+       int64_t ring_size, int64_t ring_tokens)
+      : like(tokens) {
     const int64_t b = args.requests = tokens.size(0), width = args.width = tokens.size(1);
-    args.tokens = dense(tokens), args.num_emitted = dense(num_emitted), args.cu_rows = dense(cu_rows);
-    args.slot = dense(slot), args.eos_ids = dense(eos_ids), args.max_len = dense(max_len);
+    args.tokens = operands_.data<int32_t>(tokens), args.num_emitted = operands_.data<int32_t>(num_emitted);
+    args.cu_rows = operands_.data<int32_t>(cu_rows), args.slot = operands_.data<int32_t>(slot);
+    args.eos_ids = operands_.data<int32_t>(eos_ids), args.max_len = operands_.data<int32_t>(max_len);
     args.seq_len = data<int32_t>(seq_len), args.seq_stride = seq_len.stride(0), args.slots = seq_len.size(0);
     args.eos = eos_ids ? eos_ids->size(0) : 0;
     args.ring_size = ring_size, args.ring_tokens = ring_tokens;
@@ -77,15 +81,12 @@ class Call {
       args.ring_pos = data<int32_t>(*ring_pos);
       args.ring_strides[0] = ring_pos->stride(0), args.ring_strides[1] = ring_pos->stride(1);
     }
-    const auto ints = [&](int32_t*& at, int64_t size) {
-      const Tensor t = torch::stable::new_empty(tokens, {size}, ScalarType::Int);
-      at = data<int32_t>(t);
-      return t;
-    };
+    const auto ints = [&](int32_t*& at, int64_t size) { return operands_.output(tokens, {size}, at); };
     out = {ints(args.num_accepted, b), ints(args.last_token, b), ints(args.last_row, b),      ints(args.kv_start, b),
            ints(args.kv_free, b),      ints(args.flat, b * width), ints(args.cu_emitted, b + 1)};
   }
 
+  const Tensor& like;
   Args args{};
   Outputs out;
 
@@ -94,13 +95,22 @@ class Call {
   static T* data(const Tensor& t) {
     return static_cast<T*>(t.mutable_data_ptr());
   }
-  const int32_t* dense(const OptionalTensor& t) {
-    if (!t) return nullptr;
-    kept_.push_back(torch::stable::contiguous(*t));
-    return static_cast<const int32_t*>(kept_.back().const_data_ptr());
-  }
 
-  std::vector<Tensor> kept_;
+  mtp::Operands operands_;
 };
+
+// The operator as its schema has it; `run` writes the outputs and what is changed in place.
+template <void (*run)(const Call&)>
+Outputs entry(const Tensor& tokens, const Tensor& num_emitted, const Tensor& cu_rows, const Tensor& seq_len,
+              const OptionalTensor& slot, const OptionalTensor& eos_ids, const OptionalTensor& max_len,
+              const OptionalTensor& finished, const OptionalTensor& histogram, const OptionalTensor& ring_pos,
+              int64_t ring_size, int64_t ring_tokens) {
+  check(tokens, num_emitted, cu_rows, seq_len, slot, eos_ids, max_len, finished, histogram, ring_pos, ring_size,
+        ring_tokens);
+  const Call call(tokens, num_emitted, cu_rows, seq_len, slot, eos_ids, max_len, finished, histogram, ring_pos,
+                  ring_size, ring_tokens);
+  run(call);
+  return call.out;
+}
 
 }  // namespace n3::mtp_commit

@@ -8,10 +8,10 @@ namespace n3::mtp {
 //   grid  requests / 4     block  kDrawThreads: a warp per request
 // `own`: what sample_kernel has left of every unit.
 __global__ __launch_bounds__(kDrawThreads) void compare_kernel(const RowArgs a, const VerifyArgs c,
-                                                               const SampleArgs own, int32_t requests) {
+                                                               const SampleArgs own) {
   hopper::wait_for_previous();
   const int32_t b = int32_t(blockIdx.x) * kDrawWarps + warp_id();
-  if (b >= requests) return;
+  if (b >= c.requests) return;
   const Unit u = locate(a, b * a.width);
   const int64_t at = int64_t(b) * a.width;
   uint32_t flags = 0;

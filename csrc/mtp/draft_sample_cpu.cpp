@@ -1,9 +1,7 @@
 // n3::mtp_draft_sample: a draft from the max_ids most probable tokens, and the law it was drawn from.
 #include <cmath>
-#include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "../common/threads.h"
 #include "draft_sample.h"
@@ -40,43 +38,31 @@ int64_t draw(const float* probs, int64_t count, double u) {
   return count - 1;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mtp_draft_sample(const Tensor& logits, const Tensor& seed, const Tensor& pos,
-                                                    int64_t max_ids, const OptionalTensor& slot,
-                                                    const OptionalTensor& temperature,
-                                                    const OptionalTensor& draft_vocab) {
-  const OptionalTensor none;
-  const SlotArgs slots{seed, slot, temperature, none, none, none};
-  draft_sample::check(logits, pos, max_ids, slots, draft_vocab);
-  const int64_t n = logits.size(0), vocab = logits.size(1);
-
-  const Rows rows(logits, slots, {none, none, none, none, none, none});
-  const Column<int64_t> positions(pos);
-  const Column<int32_t> map(draft_vocab);
-  const Tensor tokens = torch::stable::new_empty(logits, {n}, ScalarType::Int);
-  const Tensor ids = torch::stable::new_empty(logits, {n, max_ids}, ScalarType::Int);
-  const Tensor probs = torch::stable::new_empty(logits, {n, max_ids}, ScalarType::Float);
-  auto* token = static_cast<int32_t*>(tokens.mutable_data_ptr());
-  for_items(n, n * vocab, [&](auto take) {
+void mtp_draft_sample(const draft_sample::Call& call) {
+  const RowInputs& rows = call.rows;
+  const DraftSampleArgs& a = call.args;
+  for_items(rows.rows, int64_t(rows.rows) * rows.vocab, [&](auto take) {
     Row row(rows);
     std::vector<std::pair<float, int32_t>> best;
-    for (int64_t r = take(); r < n; r = take()) {
-      int32_t* id = static_cast<int32_t*>(ids.mutable_data_ptr()) + r * max_ids;
-      float* prob = static_cast<float*>(probs.mutable_data_ptr()) + r * max_ids;
-      std::fill_n(id, max_ids, -1);
-      std::fill_n(prob, max_ids, 0.f);
-      token[r] = -1;
-      const int64_t s = rows.slot.at(r, int32_t(r));
+    for (int64_t r = take(); r < rows.rows; r = take()) {
+      int32_t* ids = a.ids + r * a.max_ids;
+      float* probs = a.probs + r * a.max_ids;
+      std::fill_n(ids, a.max_ids, -1);
+      std::fill_n(probs, a.max_ids, 0.f);
+      a.tokens[r] = -1;
+      const int64_t s = value_or(rows.slot, r, int32_t(r));
       if (s < 0 || s >= rows.slots) continue;
-      row.most_probable(r, std::min(max_ids, vocab), best);
-      const int64_t count = publish(best, rows.temperature.at(s, 1.f), id, prob);
-      const int32_t drawn = id[draw(prob, count, uniform53(rows.seed[s], positions[r], kDraft))];
-      token[r] = map ? map[drawn] : drawn;
+      row.most_probable(r, std::min(a.max_ids, rows.vocab), best);
+      const int64_t count = publish(best, value_or(rows.temperature, s, 1.f), ids, probs);
+      const int32_t drawn = ids[draw(probs, count, uniform53(rows.seed[s], a.pos[r], kDraft))];
+      a.tokens[r] = value_or(a.map, drawn, drawn);
     }
   });
-  return {tokens, ids, probs};
 }
 
 }  // namespace
 }  // namespace n3::mtp
 
-STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("mtp_draft_sample", TORCH_BOX(&n3::mtp::mtp_draft_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) {
+  m.impl("mtp_draft_sample", TORCH_BOX(&n3::mtp::draft_sample::entry<n3::mtp::mtp_draft_sample>));
+}

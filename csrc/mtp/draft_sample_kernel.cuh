@@ -9,14 +9,6 @@
 
 namespace n3::mtp {
 
-struct DraftSampleArgs {
-  const int64_t *seed, *pos;  // by slot, by row
-  const int32_t* map;         // the token of each column; null: its own
-  int32_t *tokens, *ids;
-  float* probs;
-  int32_t max_ids;
-};
-
 constexpr int kDraftSubs = 2 * kMaxDraftIds;
 
 struct DraftShared {
@@ -129,7 +121,7 @@ N3_DEVICE void publish(const RowArgs& a, const DraftSampleArgs& out, const Unit&
   for (int32_t j = kept; j < out.max_ids; ++j) ids[j] = -1, probs[j] = 0.f;
   double total = 0, running = 0;
   for (int32_t j = 0; j < kept; ++j) total += probs[j];
-  const double wanted = uniform53(out.seed[u.slot], out.pos[u.request], kDraft) * total;
+  const double wanted = uniform53(a.seed[u.slot], out.pos[u.request], kDraft) * total;
   int32_t drawn = 0;
   for (; drawn < kept - 1; ++drawn) {
     running += probs[drawn];

@@ -2,42 +2,36 @@
 
 #include <cmath>
 
-#include "../common/element.h"
-
 namespace n3::mtp {
 
-DraftArgs::DraftArgs(int64_t v, const Tensor& t, const LawArgs& a)
-    : vocab(v),
-      tokens(t),
-      ids(a.draft_ids),
-      probs(a.draft_probs),
-      logits(a.draft_logits),
-      temperature(a.draft_temperature),
-      map(a.draft_vocab),
-      uniforms(a.uniforms) {
-  if (a.draft_ids) width = a.draft_ids->size(1);
-  if (logits) {
-    columns = logits->size(1), element = element_of(logits->scalar_type());
-    stride = logits->stride(0);
-  }
+Request request_of(const RowInputs& rows, const WalkArgs& args, int64_t b) {
+  const int32_t first = std::clamp(args.cu_rows[b], 0, rows.rows), end = std::clamp(args.cu_rows[b + 1], 0, rows.rows);
+  const int64_t slot = value_or(rows.slot, b, int32_t(b));
+  const bool live = slot >= 0 && slot < rows.slots && end > first;
+  return {first, end - first, slot, args.pos[b], live, slot >= rows.slots};
+}
+
+// The token of an id or a column; -1: none.
+int32_t DraftLaw::target_of(int64_t id) const {
+  if (laws_.map && id >= 0) id = id < laws_.mapped ? laws_.map[id] : -1;
+  return id < vocab_ ? int32_t(id) : -1;
 }
 
 void DraftLaw::read(int64_t r, int64_t slot, int32_t token) {
-  if (args_.logits) return read_logits(r, slot);
+  if (dense()) return read_logits(r, slot);
   ids_.clear(), q_.clear();
-  if (args_.ids) {
+  if (laws_.ids) {
     read_listed(r);
-  } else if (token >= 0 && token < args_.vocab) {
+  } else if (token >= 0 && token < vocab_) {
     ids_.push_back(token), q_.push_back(1);
   }
 }
 
 void DraftLaw::read_listed(int64_t r) {
   listed_.clear();
-  for (int64_t i = r * args_.width; i < (r + 1) * args_.width; ++i) {
-    int64_t id = args_.ids[i];
-    if (id >= 0 && args_.map) id = id < args_.map.size() ? args_.map[id] : -1;
-    if (id >= 0 && id < args_.vocab) listed_.push_back({int32_t(id), args_.probs[i]});
+  for (int64_t i = r * laws_.entries; i < (r + 1) * laws_.entries; ++i) {
+    const int32_t id = target_of(laws_.ids[i]);
+    if (id >= 0) listed_.push_back({id, laws_.probs[i]});
   }
   std::stable_sort(listed_.begin(), listed_.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   for (const auto& [id, q] : listed_) {
@@ -50,28 +44,24 @@ void DraftLaw::read_listed(int64_t r) {
 }
 
 void DraftLaw::read_logits(int64_t r, int64_t slot) {
-  const void* data = args_.logits->const_data_ptr();
-  const auto dtype = args_.logits->scalar_type();
-  const int64_t step = args_.logits->stride(1);
   const auto logit = [&](int64_t c) {
-    const float x = float_at(data, dtype, r * args_.stride + c * step);
+    const float x = logit_at(drafter_.logits, drafter_.type, r * drafter_.stride + c);
     return x == x ? double(x) : -kInf;
   };
-  const auto target = [&](int64_t c) { return args_.map ? int64_t(args_.map[c]) : c; };
-  q_.assign(args_.vocab, 0);
+  q_.assign(vocab_, 0);
   const auto put = [&](int64_t c, double q) {
-    if (const int64_t id = target(c); id >= 0 && id < args_.vocab) q_[id] += q;
+    if (const int32_t id = target_of(c); id >= 0) q_[id] += q;
   };
   double best = -kInf;
   int64_t first = 0;
-  for (int64_t c = 0; c < args_.columns; ++c) {
+  for (int64_t c = 0; c < drafter_.vocab; ++c) {
     if (logit(c) > best) best = logit(c), first = c;
   }
-  const float temperature = args_.temperature.at(slot, 1.f);
+  const float temperature = value_or(drafter_.temperature, slot, 1.f);
   if (is_greedy(temperature) || std::isinf(best)) return put(first, 1);
   double total = 0;
-  for (int64_t c = 0; c < args_.columns; ++c) total += std::exp((logit(c) - best) / temperature);
-  for (int64_t c = 0; c < args_.columns; ++c) put(c, std::exp((logit(c) - best) / temperature) / total);
+  for (int64_t c = 0; c < drafter_.vocab; ++c) total += std::exp((logit(c) - best) / temperature);
+  for (int64_t c = 0; c < drafter_.vocab; ++c) put(c, std::exp((logit(c) - best) / temperature) / total);
 }
 
 double DraftLaw::of(int32_t token) const {

@@ -3,57 +3,33 @@
 // a filter, the tokens that stay. Formulas in n3kernels/mtp/reference.py.
 #pragma once
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <utility>
 #include <vector>
 
 #include "../common/buffer.h"
 #include "../common/cpu.h"
+#include "inputs.h"
 #include "random.h"
 #include "row_kernels.h"
-#include "rows.h"
 
 namespace n3::mtp {
 
-// The elements of a tensor, dense, or nothing.
 template <typename T>
-class Column {
- public:
-  Column() = default;
-  explicit Column(const OptionalTensor& t) {
-    if (t) tensor_ = dense(*t), data_ = static_cast<const T*>(tensor_->const_data_ptr());
-  }
-  explicit Column(const Tensor& t) : Column(OptionalTensor(t)) {}
-  explicit operator bool() const { return tensor_.has_value(); }
-  T operator[](int64_t i) const { return data_[i]; }
-  T at(int64_t i, T otherwise) const { return data_ ? data_[i] : otherwise; }
-  const T* data() const { return data_; }
-  int64_t size() const { return tensor_ ? tensor_->numel() : 0; }
+T value_or(const T* p, int64_t i, T otherwise) {
+  return p ? p[i] : otherwise;
+}
 
- private:
-  static Tensor dense(const Tensor& t);
-  OptionalTensor tensor_;
-  const T* data_ = nullptr;
-};
+// Element i of logits of a type of RowInputs.
+inline float logit_at(const void* data, int32_t type, int64_t i) {
+  if (type == 0) return static_cast<const float*>(data)[i];
+  return type == 1 ? to_float(static_cast<const Half*>(data)[i]) : to_float(static_cast<const BFloat16*>(data)[i]);
+}
 
-// The rows of a call and the parameters of its slots.
-struct Rows {
-  Rows(const Tensor& logits, const SlotArgs& slots, const EditArgs& edits);
+inline bool is_greedy(float temperature) { return !(temperature >= 1e-5f); }
 
-  Tensor logits;
-  const char* data;
-  int64_t n, vocab, stride;  // in bytes
-  int element;               // Element
-  int64_t slots;
-  Column<int64_t> seed;
-  Column<int32_t> slot;
-  Column<float> temperature, top_p, min_p;
-  Column<int32_t> top_k;
-  Column<int32_t> bitmask, bitmask_row, forced_token, bias_ids, bias_cu;
-  Column<float> bias_val;
-  int64_t mask_rows;
-};
-
-bool is_greedy(float temperature);
+constexpr float kMost = FLT_MAX;
 
 struct Emitted {
   int32_t token;
@@ -63,7 +39,7 @@ struct Emitted {
 
 class Row {
  public:
-  explicit Row(const Rows& rows);
+  explicit Row(const RowInputs& rows);
 
   // Token, log-probability and flags of row r, as the operator `sample` emits them.
   Emitted emit(int64_t r, int64_t slot, int64_t pos, bool greedy = false);
@@ -106,7 +82,7 @@ class Row {
   const float* load_copy(int64_t begin, int64_t n);
   float value(int32_t token);
   float weight_of(float x);
-  double z(float x) const;
+  double z(float x) const { return std::min(double(x) - scale_.best, 0.) / temperature_; }
   bool fixed(int64_t r, int64_t slot, bool greedy);
   void cut(int64_t slot);
   void cut_top_k(int64_t k);
@@ -120,6 +96,7 @@ class Row {
   void weigh_dense();
   int32_t coupled(int64_t seed, int64_t pos);
   int32_t lowest_allowed() const;
+  static int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
   int64_t subs() const { return (rows_.vocab + kSub - 1) / kSub; }
   int64_t tiles() const { return (rows_.vocab + kTile - 1) / kTile; }
   int64_t tile_size(int64_t tile) const { return std::min(kTile, rows_.vocab - tile * kTile); }
@@ -128,7 +105,7 @@ class Row {
   template <typename F>
   void over_tile(int64_t tile, F f);
 
-  const Rows& rows_;
+  const RowInputs& rows_;
   const Kernels& kernels_;
 
   // the row at hand
@@ -155,5 +132,28 @@ class Row {
   std::vector<std::pair<float, float>> chosen_;  // of select()
   std::vector<float> order_, order_weight_, next_, next_weight_;
 };
+
+// Calls f(token, logit, weight) for every token of a tile that weighs and is not set apart.
+template <typename F>
+void Row::over_tile(int64_t tile, F f) {
+  if (sparse_) {
+    const auto [first, last] = candidates_of(tile);
+    for (int64_t i = first; i < last; ++i) {
+      if (weights_[i] > 0) f(ids_[i], values_[i], weights_[i]);
+    }
+    return;
+  }
+  if (empty_tile(tile)) return;
+  const int64_t begin = tile * kTile, n = tile_size(tile);
+  const float* x = load(begin, n);
+  float* w = tile_weight_.get();
+  kernels_.weights(scale_, x, padded(n), w);
+  for (auto a = std::lower_bound(apart_.begin(), apart_.end(), begin); a != apart_.end() && *a < begin + n; ++a) {
+    w[*a - begin] = 0;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    if (w[i] > 0) f(int32_t(begin + i), x[i], w[i]);
+  }
+}
 
 }  // namespace n3::mtp

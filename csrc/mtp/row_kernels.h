@@ -1,4 +1,4 @@
-// What row_cpu.cpp asks of each instruction set; all give the same bits. Rows of floats are padded with -inf to whole
+// What the rows (row.h) ask of each instruction set; all give the same bits. Rows of floats are padded with -inf to whole
 // blocks; a NaN among them is passed over by all but `maxima` and `largest`, which report it.
 #pragma once
 #include "plan.h"
@@ -6,6 +6,7 @@
 namespace n3::mtp {
 
 constexpr int64_t kBlock = 16;  // floats
+constexpr float kInfinity = __builtin_inff();
 
 // The weight of a logit x: e^((x - best) / temperature), 0 below the cut-off. 1 / temperature in two parts.
 struct Scale {
@@ -37,5 +38,7 @@ struct Kernels {
 };
 
 extern const Kernels kGenericKernels, kAvx2Kernels, kAvx512Kernels;
+
+const Kernels& kernels();  // of this processor
 
 }  // namespace n3::mtp

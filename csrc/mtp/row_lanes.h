@@ -8,7 +8,6 @@
 namespace n3::mtp {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
 
 // One bit per lane of a comparison's result.
 N3_LANE_FN uint32_t lane_bits(I32 v) {

@@ -6,6 +6,7 @@
 // 512 logits, 16 in each lane.
 #pragma once
 #include "../common/hopper.cuh"
+#include "inputs.h"
 #include "random.h"
 #include "rows_plan.h"
 
@@ -14,15 +15,9 @@ namespace n3::mtp {
 constexpr float kInf32 = __builtin_inff(), kLowest = -3.402823466e38f;
 constexpr uint32_t kAll = 0xffffffffu;
 
-struct RowArgs {
-  const void* logits;
-  int64_t stride;  // of a row, in elements
-  int32_t vocab, rows, slots, width, requests;
-  const int32_t *cu_rows, *drafts, *slot;  // null: none; drafts end a chain
-  const float *temperature, *top_p, *min_p;
-  const int32_t *top_k, *bitmask, *bitmask_row, *forced, *bias_ids, *bias_cu;
-  const float* bias_val;
-  int32_t mask_rows, biases;
+struct RowArgs : RowInputs {
+  int32_t width, requests;
+  const int32_t *cu_rows, *drafts;                // null: none; drafts end a chain
   const int32_t *law_tokens, *law_ids, *law_map;  // support of the drafts' laws: ids, or without them a token
   int32_t entries, mapped;                        // of it; 0: none
   int32_t tiles, subs;

@@ -13,6 +13,8 @@ namespace n3::mtp {
 
 using OptionalTensor = std::optional<Tensor>;
 
+inline const OptionalTensor none;
+
 // Sampling parameters by slot, and which slot each row or request has.
 struct SlotArgs {
   const Tensor& seed;
@@ -104,17 +106,6 @@ inline void check_edits(const char* op, const Tensor& logits, const EditArgs& e)
                  {"bias_ids", &e.bias_ids}, {"bias_val", &e.bias_val}, {"bias_cu", &e.bias_cu}});
 }
 
-// All arguments of `sample`.
-inline void check_sample(const char* op, const Tensor& logits, const Tensor& pos, const SlotArgs& slots,
-                         const EditArgs& edits) {
-  check_logits(op, logits);
-  check_slots(op, logits.size(0), slots);
-  check_pos(op, pos, logits.size(0));
-  check_slot_devices(op, logits, slots);
-  check_same_device(op, "pos", pos, "logits", logits);
-  check_edits(op, logits, edits);
-}
-
 inline void check_cu_rows(const char* op, const Tensor& cu_rows) {
   check_dtype(op, "cu_rows", cu_rows, ScalarType::Int);
   check_dim(op, "cu_rows", cu_rows, 1);
@@ -146,6 +137,11 @@ inline void check_laws(const char* op, const std::string& mode, const Tensor& lo
     check_given(op, "draft_ids", a.draft_ids, ScalarType::Int, {n, m});
     check_given(op, "draft_probs", a.draft_probs, ScalarType::Float, {n, m});
   }
+  if (a.draft_vocab) {
+    check_ids(op, "draft_vocab", a.draft_vocab);
+    N3_CHECK(op, a.draft_vocab->size(0) >= 1, "draft_vocab must have at least 1 element, got ",
+             a.draft_vocab->size(0));
+  }
   if (a.draft_logits) {
     check_floating(op, "draft_logits", a.draft_logits->scalar_type());
     check_dim(op, "draft_logits", *a.draft_logits, 2);
@@ -154,11 +150,6 @@ inline void check_laws(const char* op, const std::string& mode, const Tensor& lo
   if (a.draft_temperature) {
     N3_CHECK(op, a.draft_logits.has_value(), "draft_temperature must be None without draft_logits");
     check_given(op, "draft_temperature", a.draft_temperature, ScalarType::Float, {slots});
-  }
-  if (a.draft_vocab) {
-    check_ids(op, "draft_vocab", a.draft_vocab);
-    N3_CHECK(op, a.draft_vocab->size(0) >= 1, "draft_vocab must have at least 1 element, got ",
-             a.draft_vocab->size(0));
   }
   check_given(op, "uniforms", a.uniforms, ScalarType::Double, {n, 2});
   check_devices(op, "logits", logits, laws);

@@ -5,9 +5,9 @@
 
 namespace n3::mtp {
 
-void launch_records(const char* op, const RowArgs& a, ScalarType dtype, int64_t units, cudaStream_t stream) {
+void launch_records(const char* op, const RowArgs& a, int64_t units, cudaStream_t stream) {
   if (units == 0) return;
-  with_type(dtype, [&]<typename T>() {
+  with_type(a.type, [&]<typename T>() {
     // Logits come from a kernel that may not let others start early: an ordinary launch.
     tile_kernel<T><<<uint32_t(units * a.tiles), kTileThreads, stage_bytes(a, kTileSubs), stream>>>(a);
     N3_CUDA_CHECK(op, cudaGetLastError());

@@ -4,12 +4,6 @@
 
 namespace n3::mtp {
 
-struct SampleArgs {
-  const int64_t *seed, *pos;  // by slot, by request
-  int32_t *tokens, *flags;
-  float* logprobs;
-};
-
 //   grid  units     block  kDrawThreads     dynamic smem  a sub-tile of floats per warp where there are biases
 template <typename T>
 __global__ __launch_bounds__(kDrawThreads, 2) void sample_kernel(const RowArgs a, const SampleArgs out) {
@@ -23,7 +17,7 @@ __global__ __launch_bounds__(kDrawThreads, 2) void sample_kernel(const RowArgs a
   if (u.live) {
     Law<T> law(a, shared);
     law.open(u, unit);
-    e = law.emit(out.seed[u.slot], out.pos[u.request] + u.i);
+    e = law.emit(a.seed[u.slot], out.pos[u.request] + u.i);
     flags = law.flags;
   }
   if (threadIdx.x != 0) return;

@@ -2,11 +2,8 @@
 // n3kernels/mtp/thinking_budget.py.
 #pragma once
 #include <algorithm>
-#include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "rows.h"
+#include "operands.h"
 #include "thinking_rules.h"
 
 namespace n3::thinking_budget {
@@ -50,34 +47,43 @@ inline void check(const Tensor& draft_tokens, const Tensor& cu_rows, const Tenso
   for (const auto& [name, t] : others) check_same_device(op, name, *t, "draft_tokens", draft_tokens);
 }
 
-// The arguments of a checked call, the tensors they point into, and its output, not yet written.
+// A checked call.
 class Call {
  public:
   Call(const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& tail, const Tensor& num_output,
        const Tensor& active, const Tensor& budget, const Tensor& grace, const Tensor& end_ids,
        const Tensor& end_think_ids, const Tensor& newline_bitmask)
-      : out(torch::stable::new_empty(draft_tokens, {draft_tokens.size(0)}, ScalarType::Int)) {
-    args.drafts = dense(draft_tokens), args.cu_rows = dense(cu_rows), args.tail = dense(tail);
-    args.num_output = dense(num_output), args.active = dense(active);
-    args.budget = dense(budget), args.grace = dense(grace);
-    args.end_ids = dense(end_ids), args.end_think_ids = dense(end_think_ids), args.newlines = dense(newline_bitmask);
-    args.forced = static_cast<int32_t*>(out.mutable_data_ptr());
+      : like(draft_tokens), out(mtp::Operands::output(draft_tokens, {draft_tokens.size(0)}, args.forced)) {
+    const auto ints = [&](const Tensor& t) { return operands_.data<int32_t>(t); };
+    args.drafts = ints(draft_tokens), args.cu_rows = ints(cu_rows), args.tail = ints(tail);
+    args.num_output = ints(num_output), args.active = ints(active);
+    args.budget = ints(budget), args.grace = ints(grace);
+    args.end_ids = ints(end_ids), args.end_think_ids = ints(end_think_ids), args.newlines = ints(newline_bitmask);
     args.rows = draft_tokens.size(0), args.requests = cu_rows.size(0) - 1, args.reach = tail.size(1);
     args.end_size = end_ids.size(end_ids.dim() - 1), args.end_step = end_ids.dim() == 2 ? args.end_size : 0;
     args.strings = end_think_ids.dim() == 2 ? end_think_ids.size(0) : 1;
     args.string_size = end_think_ids.size(end_think_ids.dim() - 1), args.words = newline_bitmask.size(0);
   }
 
+  const Tensor& like;
   Args args{};
   Tensor out;
 
  private:
-  const int32_t* dense(const Tensor& t) {
-    kept_.push_back(torch::stable::contiguous(t));
-    return static_cast<const int32_t*>(kept_.back().const_data_ptr());
-  }
-
-  std::vector<Tensor> kept_;
+  mtp::Operands operands_;
 };
+
+// The operator as its schema has it; `run` writes the output.
+template <void (*run)(const Call&)>
+Tensor entry(const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& committed_tail, const Tensor& num_output,
+             const Tensor& active, const Tensor& budget, const Tensor& grace, const Tensor& end_ids,
+             const Tensor& end_think_ids, const Tensor& newline_bitmask) {
+  check(draft_tokens, cu_rows, committed_tail, num_output, active, budget, grace, end_ids, end_think_ids,
+        newline_bitmask);
+  const Call call(draft_tokens, cu_rows, committed_tail, num_output, active, budget, grace, end_ids, end_think_ids,
+                  newline_bitmask);
+  run(call);
+  return call.out;
+}
 
 }  // namespace n3::thinking_budget

@@ -4,23 +4,10 @@
 // The rows' records hold all weights. Of the rows on the path alone the tiles with tokens that a q may take away from
 // are summed again without them: 1 minus a sum would cancel on a peaked row.
 #pragma once
+#include "chain.cuh"
 #include "draw.cuh"
 
 namespace n3::mtp {
-
-struct TreeArgs {
-  TreeMode mode;
-  int32_t max_depth;
-  const int64_t *seed, *pos;  // by slot, by request
-  const double* uniforms;     // by row; null: Philox's
-  const int32_t *nodes, *parents, *eos;
-  int32_t eos_count;
-  const int32_t *law_ids, *law_map;  // null: drafts are certain
-  const float* law_probs;
-  int32_t entries, mapped;
-  int32_t *tokens, *num_emitted, *path, *flags;
-  float* logprobs;
-};
 
 template <typename T>
 struct TreeWalker {
@@ -37,12 +24,12 @@ struct TreeWalker {
   N3_DEVICE TreeWalker(const RowArgs& rows, const TreeArgs& call, DrawShared& s)
       : a(rows), c(call), shared(s), depth(0), law(rows, s), flags(0), all(1), factor(1), outside(0) {}
 
-  N3_DEVICE int32_t token_of(int32_t node) const { return c.nodes[u.first + node]; }
+  N3_DEVICE int32_t token_of(int32_t node) const { return c.drafts[u.first + node]; }
 
   // Calls f(child, its number among its siblings) in order until it returns true. By whole warps, alike in all.
   template <typename F>
   N3_DEVICE void each_child(int32_t node, F f) {
-    if (depth == c.max_depth) return;
+    if (depth + 1 == c.width) return;
     int32_t number = 0;
     for (int32_t start = node + 1; start < u.rows; start += 32) {
       const int32_t j = start + lane_id();
@@ -55,7 +42,7 @@ struct TreeWalker {
 
   N3_DEVICE void put(int32_t node, int32_t token, double logprob) {
     if (threadIdx.x != 0) return;
-    const int64_t at = int64_t(u.request) * (c.max_depth + 1) + depth;
+    const int64_t at = int64_t(u.request) * c.width + depth;
     c.tokens[at] = token, c.path[at] = u.first + node, c.logprobs[at] = float(logprob);
   }
 
@@ -89,14 +76,14 @@ struct TreeWalker {
     __syncthreads();
     int32_t count = 0;
     each_child(node, [&](int32_t j, int32_t number) {
-      if (number < kMostApart && e == number && !c.law_ids && token_of(j) < a.vocab) shared.token[e] = token_of(j);
+      if (number < kMostApart && e == number && !c.laws.ids && token_of(j) < a.vocab) shared.token[e] = token_of(j);
       ++count;
-      return c.law_ids != nullptr || count >= kMostApart;
+      return c.laws.ids != nullptr || count >= kMostApart;
     });
-    if (count && c.law_ids && e < c.entries) {
-      int32_t token = c.law_ids[row * c.entries + e];
-      if (c.law_map && token >= 0) token = token < c.mapped ? c.law_map[token] : -1;
-      const double own = c.law_probs[row * c.entries + e];
+    if (count && c.laws.ids && e < c.laws.entries) {
+      int32_t token = c.laws.ids[row * c.laws.entries + e];
+      if (c.laws.map && token >= 0) token = token < c.laws.mapped ? c.laws.map[token] : -1;
+      const double own = c.laws.probs[row * c.laws.entries + e];
       shared.token[e] = token < a.vocab ? token : -1, shared.q[e] = own > 0 ? own : 0.;
     }
     __syncthreads();
@@ -165,7 +152,7 @@ struct TreeWalker {
   // p becomes norm(max(p - q, 0)), if anything is left.
   N3_DEVICE void take_away(int32_t certain) {
     const int32_t e = int32_t(threadIdx.x);
-    const double q = c.law_ids ? shared.q[e] : e == certain;
+    const double q = c.laws.ids ? shared.q[e] : e == certain;
     __syncthreads();
     const double before = shared.own[e];
     shared.own[e] = fmax(before - q, 0.);
@@ -189,13 +176,12 @@ struct TreeWalker {
         flags |= kOutOfRange;
         return false;
       }
-      const double q = e < 0 ? 0. : c.law_ids ? shared.q[e] : 1.;
+      const double q = e < 0 ? 0. : c.laws.ids ? shared.q[e] : 1.;
       if (!(q > 0 && q < double(kInf32))) {
-        if (c.law_ids) flags |= kNotDrawn;
+        if (c.laws.ids) flags |= kNotDrawn;
         return false;
       }
-      const double u_accept =
-          c.uniforms ? c.uniforms[2 * (int64_t(u.first) + j)] : uniform(seed, pos + depth, kAccept, 1 + number);
+      const double u_accept = accept_uniform(c, int64_t(u.first) + j, seed, pos + depth, 1 + number);
       const double p = shared.own[e];
       if (p > 0 && u_accept * q < p) {
         step = {draft, j};
@@ -205,9 +191,7 @@ struct TreeWalker {
       return false;
     });
     if (step.child < 0) {
-      const double u_final = c.uniforms ? c.uniforms[2 * (int64_t(u.first) + node) + 1]
-                                        : uniform53(seed, pos + depth, kResidual);
-      step.token = law.draw(u_final, factor);
+      step.token = law.draw(final_uniform(c, int64_t(u.first) + node, seed, pos + depth), factor);
     }
     put(node, step.token, law.logprob(step.token, all));
     return step;
@@ -221,21 +205,19 @@ struct TreeWalker {
     u.live = u.slot >= 0 && u.slot < a.slots && u.rows > 0 && request_of(a, u.first) == request;
     int32_t count = 0;
     if (u.live) {
-      seed = c.seed[u.slot], pos = c.pos[request];
+      seed = a.seed[u.slot], pos = c.pos[request];
       for (int32_t node = 0; node >= 0; ++depth, ++count) {
         Unit at = u;
         at.i = node;
         law.open(at, u.first + node);
         flags |= law.flags;
         const Step step = kByToken ? sibling(node) : follow(node);
-        bool ends = false;
-        for (int32_t i = 0; i < c.eos_count; ++i) ends |= c.eos[i] == step.token;
-        node = ends ? -1 : step.child;
+        node = is_eos(c, step.token) ? -1 : step.child;
       }
     }
     __syncthreads();
-    const int64_t at = int64_t(request) * (c.max_depth + 1);
-    for (int32_t i = count + int32_t(threadIdx.x); i <= c.max_depth; i += kDrawThreads) {
+    const int64_t at = int64_t(request) * c.width;
+    for (int32_t i = count + int32_t(threadIdx.x); i < c.width; i += kDrawThreads) {
       c.tokens[at + i] = c.path[at + i] = -1, c.logprobs[at + i] = 0.f;
     }
     if (threadIdx.x != 0) return;

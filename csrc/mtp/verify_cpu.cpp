@@ -1,11 +1,8 @@
 // n3::mtp_verify: the leading drafts of each request and one token more, in six modes. Formulas in
 // n3kernels/mtp/verify.py.
 #include <cmath>
-#include <string>
-#include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "../common/threads.h"
 #include "drafts.h"
@@ -29,14 +26,14 @@ struct Out {
 // One thread's walk through the chain of one request after another.
 class Chain {
  public:
-  Chain(const Rows& rows, const DraftArgs& drafts, const Column<int32_t>& eos, int64_t max_drafts, const Lossy& lossy)
-      : rows_(rows), drafts_(drafts), eos_(eos), max_drafts_(max_drafts), lossy_(lossy), row_(rows), q_(drafts) {}
+  explicit Chain(const Call& call)
+      : rows_(call.rows), args_(call.args), row_(rows_), q_(rows_, args_, call.drafter) {}
 
-  void run(Mode mode, const Request& request, Out& out) {
+  void run(const Request& request, Out& out) {
     request_ = request, out_ = &out;
-    noise_ = {rows_.seed[request.slot], request.pos, request.first, drafts_.uniforms.data()};
+    noise_ = {rows_.seed[request.slot], request.pos, request.first, args_.uniforms};
     find_end();
-    switch (mode) {
+    switch (args_.mode) {
       case Mode::kGreedy: return by_target(true);
       case Mode::kCoupled: return by_target(false);
       case Mode::kToken: return by_token();
@@ -47,17 +44,12 @@ class Chain {
   }
 
  private:
-  bool is_eos(int32_t token) const {
-    const int32_t* ids = eos_.data();
-    return std::find(ids, ids + eos_.size(), token) != ids + eos_.size();
-  }
-
-  int32_t draft(int64_t i) const { return drafts_.tokens[request_.first + i]; }
+  int32_t draft(int64_t i) const { return args_.drafts[request_.first + i]; }
 
   // The chain ends at the first missing draft, and behind one that is an EOS.
   void find_end() {
-    const int64_t most = std::min(request_.rows - 1, max_drafts_);
-    for (k_ = 0, ends_ = false; k_ < most && !ends_ && draft(k_) >= 0; ++k_) ends_ = is_eos(draft(k_));
+    const int64_t most = std::min<int64_t>(request_.rows, args_.width) - 1;
+    for (k_ = 0, ends_ = false; k_ < most && !ends_ && draft(k_) >= 0; ++k_) ends_ = is_eos(args_, draft(k_));
   }
 
   // Row i's law, and that of the draft it checks.
@@ -131,10 +123,10 @@ class Chain {
 
   void by_target(bool greedy) {
     for (int64_t i = 0; i <= k_; ++i) {
-      const Emitted e = row_.emit(request_.first + i, request_.slot, request_.pos + i, greedy);
+      const Emitted e = row_.emit(request_.first + i, request_.slot, position(request_.pos, i), greedy);
       out_->put(e.token, e.logprob), out_->flags |= e.flags;
       if (i < k_) known(i);
-      if (is_eos(e.token) || i == k_ || draft(i) != e.token) return;
+      if (is_eos(args_, e.token) || i == k_ || draft(i) != e.token) return;
     }
   }
 
@@ -178,7 +170,7 @@ class Chain {
       plain_law(i);
       const int32_t d = draft(i);
       const double p = known(i) ? row_.p(d) : 0;
-      if (!(p > 0 && p >= row_.largest_p() - lossy_.delta && row_.rank(d) < lossy_.top_k)) {
+      if (!(p > 0 && p >= row_.largest_p() - args_.relaxed_delta && row_.rank(d) < args_.relaxed_top_k)) {
         return put(row_.best_token());
       }
       put(d);
@@ -192,7 +184,7 @@ class Chain {
     for (int64_t i = 0; i < k_; ++i) {
       plain_law(i);
       const int32_t d = draft(i);
-      const double bar = std::min(lossy_.epsilon, lossy_.typical_delta * std::exp(-row_.entropy()));
+      const double bar = std::min(args_.typical_epsilon, args_.typical_delta * std::exp(-row_.entropy()));
       if (!(known(i) && row_.p(d) > bar)) return put_sample(i);
       put(d);
     }
@@ -200,15 +192,12 @@ class Chain {
   }
 
   void put_sample(int64_t i) {
-    const Emitted e = row_.emit(request_.first + i, request_.slot, request_.pos + i);
+    const Emitted e = row_.emit(request_.first + i, request_.slot, position(request_.pos, i));
     out_->put(e.token, e.logprob), out_->flags |= e.flags;
   }
 
-  const Rows& rows_;
-  const DraftArgs& drafts_;
-  const Column<int32_t>& eos_;
-  int64_t max_drafts_;
-  Lossy lossy_;
+  const RowInputs& rows_;
+  const VerifyArgs& args_;
   Row row_;
   DraftLaw q_;
   std::vector<double> left_;
@@ -220,52 +209,24 @@ class Chain {
   bool ends_ = false;  // the last is an EOS
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mtp_verify(
-    const Tensor& logits, const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& seed, const Tensor& pos,
-    const std::string& mode_name, int64_t max_drafts, const OptionalTensor& slot, const OptionalTensor& temperature,
-    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p,
-    const OptionalTensor& bitmask, const OptionalTensor& bitmask_row, const OptionalTensor& forced_token,
-    const OptionalTensor& bias_ids, const OptionalTensor& bias_val, const OptionalTensor& bias_cu,
-    const OptionalTensor& eos_ids, const OptionalTensor& draft_ids, const OptionalTensor& draft_probs,
-    const OptionalTensor& draft_logits, const OptionalTensor& draft_temperature, const OptionalTensor& draft_vocab,
-    bool allow_lossy, int64_t relaxed_top_k, double relaxed_delta, double typical_epsilon, double typical_delta,
-    const OptionalTensor& uniforms) {
-  const SlotArgs slots{seed, slot, temperature, top_k, top_p, min_p};
-  const EditArgs edits{bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu};
-  const LawArgs laws{draft_ids, draft_probs, draft_logits, draft_temperature, draft_vocab, uniforms};
-  const Lossy lossy{allow_lossy, relaxed_top_k, relaxed_delta, typical_epsilon, typical_delta};
-  const Mode mode =
-      check(logits, draft_tokens, cu_rows, pos, mode_name, max_drafts, slots, edits, eos_ids, laws, lossy);
-  const int64_t b = cu_rows.size(0) - 1;
-
-  const Rows rows(logits, slots, edits);
-  const DraftArgs drafts(rows.vocab, draft_tokens, laws);
-  const Requests requests(rows, cu_rows, pos);
-  const Column<int32_t> eos(eos_ids);
-  const int64_t width = max_drafts + 1;
-  const Tensor tokens = torch::stable::new_empty(logits, {b, width}, ScalarType::Int);
-  const Tensor num_emitted = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const Tensor last_row = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const Tensor logprobs = torch::stable::new_empty(logits, {b, width}, ScalarType::Float);
-  const Tensor flags = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
-  std::fill_n(ints(tokens), b * width, -1);
-  std::fill_n(static_cast<float*>(logprobs.mutable_data_ptr()), b * width, 0.f);
-  n3::for_items(b, rows.n * rows.vocab, [&](auto take) {
-    Chain chain(rows, drafts, eos, max_drafts, lossy);
-    for (int64_t i = take(); i < b; i = take()) {
-      const Request request = requests[i];
-      Out out{ints(tokens) + i * width, static_cast<float*>(logprobs.mutable_data_ptr()) + i * width};
-      if (request.live) chain.run(mode, request, out);
-      ints(num_emitted)[i] = int32_t(out.count);
-      ints(last_row)[i] = out.count ? int32_t(request.first + out.count - 1) : -1;
-      ints(flags)[i] = out.flags | (request.out_of_range ? kOutOfRange : 0);
+void mtp_verify(const Call& call) {
+  const VerifyArgs& a = call.args;
+  std::fill_n(a.tokens, int64_t(a.requests) * a.width, -1);
+  std::fill_n(a.logprobs, int64_t(a.requests) * a.width, 0.f);
+  for_items(a.requests, int64_t(call.rows.rows) * call.rows.vocab, [&](auto take) {
+    Chain chain(call);
+    for (int64_t b = take(); b < a.requests; b = take()) {
+      const Request request = request_of(call.rows, a, b);
+      Out out{a.tokens + b * a.width, a.logprobs + b * a.width};
+      if (request.live) chain.run(request, out);
+      a.num_emitted[b] = int32_t(out.count);
+      a.last_row[b] = out.count ? int32_t(request.first + out.count - 1) : -1;
+      a.flags[b] = out.flags | (request.out_of_range ? kOutOfRange : 0);
     }
   });
-  return {tokens, num_emitted, last_row, logprobs, flags};
 }
 
 }  // namespace
 }  // namespace n3::mtp
 
-STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("mtp_verify", TORCH_BOX(&n3::mtp::mtp_verify)); }
+STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("mtp_verify", TORCH_BOX(&n3::mtp::verify::entry<n3::mtp::mtp_verify>)); }

@@ -1,12 +1,10 @@
 // n3::mtp_verify: the records of every row that may be looked at, then a walk through each request's chain.
-#include <string>
-#include <tuple>
+#include "verify.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include "compare_kernel.cuh"
 #include "sample_cuda.h"
-#include "verify.h"
 #include "verify_kernel.cuh"
 
 namespace n3::mtp {
@@ -14,99 +12,67 @@ namespace {
 
 using verify::op;
 
-template <typename T>
-T* results(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-DenseType dense_type_of(ScalarType dtype) {
-  return dtype == ScalarType::Float ? kDenseFloat : dtype == ScalarType::Half ? kDenseHalf : kDenseBFloat16;
-}
-
 // Modes greedy and coupled: what `sample` draws in every row, compared with the drafts.
-void by_target(const RowArgs& a, const VerifyArgs& c, const Tensor& logits, int64_t requests, cudaStream_t stream) {
-  const int64_t units = requests * a.width;
-  const Tensor own = torch::stable::new_empty(logits, {3, units}, ScalarType::Int);
-  int32_t* first = results<int32_t>(own);
-  const SampleArgs draws{c.seed, c.pos, first, first + units, reinterpret_cast<float*>(first + 2 * units)};
-  launch_sample(op, a, draws, logits.scalar_type(), units, stream);
-  launch_after(op, compare_kernel, (requests + kDrawWarps - 1) / kDrawWarps, kDrawThreads, 0, stream, a, c, draws,
-               int32_t(requests));
+void by_target(const RowArgs& a, const VerifyArgs& c, const Tensor& like, cudaStream_t stream) {
+  const int64_t units = int64_t(c.requests) * c.width;
+  const Tensor own = torch::stable::new_empty(like, {3, units}, ScalarType::Int);
+  int32_t* first = static_cast<int32_t*>(own.mutable_data_ptr());
+  const SampleArgs draws{c.pos, first, first + units, reinterpret_cast<float*>(first + 2 * units)};
+  launch_sample(op, a, draws, units, stream);
+  launch_after(op, compare_kernel, (c.requests + kDrawWarps - 1) / kDrawWarps, kDrawThreads, 0, stream, a, c, draws);
 }
 
-void by_laws(const RowArgs& a, const RowArgs& drafts, const VerifyArgs& c, ScalarType dtype, int64_t requests,
+// The columns of each token, of a drafter with a smaller vocabulary. `room`: for a list of tokens and one of columns.
+ColumnMap link_columns(const RowArgs& a, const LawInputs& laws, const Tensor& room, cudaStream_t stream) {
+  int32_t* first = static_cast<int32_t*>(room.mutable_data_ptr());
+  const ColumnMap columns{laws.map, first, first + a.vocab, laws.mapped, a.vocab};
+  launch_after(op, columns_kernel, a.tiles, kColumnsThreads, 0, stream, columns);
+  return columns;
+}
+
+void by_laws(const RowArgs& a, const RowArgs& drafts, const ColumnMap& columns, const VerifyArgs& c,
              cudaStream_t stream) {
-  with_type(dtype, [&]<typename T>() {
+  with_type(a.type, [&]<typename T>() {
     const auto kernel = c.mode <= VerifyMode::kBlock ? verify_kernel<T, false> : verify_kernel<T, true>;
-    launch_after(op, kernel, requests, kDrawThreads, stage_bytes(a, kDrawWarps), stream, a, drafts, c);
+    launch_after(op, kernel, c.requests, kDrawThreads, stage_bytes(a, kDrawWarps), stream, a, drafts, columns, c);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mtp_verify(
-    const Tensor& logits, const Tensor& draft_tokens, const Tensor& cu_rows, const Tensor& seed, const Tensor& pos,
-    const std::string& mode_name, int64_t max_drafts, const OptionalTensor& slot, const OptionalTensor& temperature,
-    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p,
-    const OptionalTensor& bitmask, const OptionalTensor& bitmask_row, const OptionalTensor& forced_token,
-    const OptionalTensor& bias_ids, const OptionalTensor& bias_val, const OptionalTensor& bias_cu,
-    const OptionalTensor& eos_ids, const OptionalTensor& draft_ids, const OptionalTensor& draft_probs,
-    const OptionalTensor& draft_logits, const OptionalTensor& draft_temperature, const OptionalTensor& draft_vocab,
-    bool allow_lossy, int64_t relaxed_top_k, double relaxed_delta, double typical_epsilon, double typical_delta,
-    const OptionalTensor& uniforms) {
-  const SlotArgs slots{seed, slot, temperature, top_k, top_p, min_p};
-  const EditArgs edits{bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu};
-  const VerifyMode mode = verify::check(
-      logits, draft_tokens, cu_rows, pos, mode_name, max_drafts, slots, edits, eos_ids,
-      {draft_ids, draft_probs, draft_logits, draft_temperature, draft_vocab, uniforms},
-      {allow_lossy, relaxed_top_k, relaxed_delta, typical_epsilon, typical_delta});
-  const DeviceGuard guard(logits.get_device_index());
-  const int64_t b = cu_rows.size(0) - 1, width = max_drafts + 1;
-  const Tensor tokens = torch::stable::new_empty(logits, {b, width}, ScalarType::Int);
-  const Tensor num_emitted = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const Tensor last_row = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const Tensor logprobs = torch::stable::new_empty(logits, {b, width}, ScalarType::Float);
-  const Tensor flags = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  if (b == 0) return {tokens, num_emitted, last_row, logprobs, flags};
+// Rows of the call's chains.
+RowArgs chains(const RowInputs& rows, const VerifyArgs& c) {
+  RowArgs a = rows_of(rows, c.width);
+  a.cu_rows = c.cu_rows, a.drafts = c.drafts;
+  return a;
+}
 
-  Operands operands;
-  const auto chains = [&](RowArgs& a) {
-    a.cu_rows = operands.data<int32_t>(cu_rows), a.drafts = operands.data<int32_t>(draft_tokens);
-  };
-  RowArgs a = operands.rows(logits, slots, edits, width), drafts{};
-  chains(a);
-  if (mode >= VerifyMode::kToken) {  // the draft is certain where there is no list
-    a.law_tokens = a.drafts, a.law_ids = operands.data<int32_t>(draft_ids);
-    a.entries = draft_ids ? int32_t(draft_ids->size(1)) : 1;
-    a.law_map = operands.data<int32_t>(draft_vocab), a.mapped = draft_vocab ? int32_t(draft_vocab->size(0)) : 0;
-    a.apart = mode <= VerifyMode::kBlock && !draft_logits;
+void mtp_verify(const verify::Call& call) {
+  const VerifyArgs& c = call.args;
+  if (c.requests == 0) return;
+  const DeviceGuard guard(call.like.get_device_index());
+  const cudaStream_t stream = current_stream(op, call.like);
+  const int64_t units = int64_t(c.requests) * c.width;
+  const bool dense = call.drafter.logits != nullptr;
+  RowArgs a = chains(call.rows, c);
+  if (c.mode >= VerifyMode::kToken) {  // the draft is certain where there is no list
+    a.law_tokens = c.drafts, a.law_ids = c.laws.ids, a.entries = c.laws.ids ? c.laws.entries : 1;
+    a.law_map = c.laws.map, a.mapped = c.laws.mapped;
+    a.apart = c.mode <= VerifyMode::kBlock && !dense;
   }
-  operands.add_records(op, a, logits, b * width, mode != VerifyMode::kGreedy, mode == VerifyMode::kTypical);
-  const cudaStream_t stream = current_stream(op, logits);
-  launch_records(op, a, logits.scalar_type(), b * width, stream);
-  const VerifyArgs c{
-      mode, draft_logits ? dense_type_of(draft_logits->scalar_type()) : 0, operands.data<int64_t>(seed),
-      operands.data<int64_t>(pos), operands.data<double>(uniforms), a.drafts, operands.data<int32_t>(eos_ids),
-      eos_ids ? int32_t(eos_ids->size(0)) : 0, operands.data<float>(draft_probs), relaxed_top_k, relaxed_delta,
-      typical_epsilon, typical_delta, results<int32_t>(tokens), results<int32_t>(num_emitted),
-      results<int32_t>(last_row), results<int32_t>(flags), results<float>(logprobs)};
-  if (mode <= VerifyMode::kCoupled) {
-    by_target(a, c, logits, b, stream);
-    return {tokens, num_emitted, last_row, logprobs, flags};
-  }
-  if (draft_logits) {
-    const OptionalTensor none;
-    const Tensor columns = draft_logits->stride(1) == 1 ? *draft_logits : torch::stable::contiguous(*draft_logits);
-    drafts = operands.rows(columns, {seed, slot, draft_temperature, none, none, none},
-                           {none, none, none, none, none, none}, width);
-    chains(drafts);
-    drafts.certain_at_infinity = true;
-    operands.add_records(op, drafts, logits, b * width, true, false);
-    launch_records(op, drafts, columns.scalar_type(), b * width, stream);
-  }
-  by_laws(a, drafts, c, logits.scalar_type(), b, stream);
-  return {tokens, num_emitted, last_row, logprobs, flags};
+  const Tensor records =
+      add_records(op, a, call.like, units, c.mode != VerifyMode::kGreedy, c.mode == VerifyMode::kTypical);
+  launch_records(op, a, units, stream);
+  if (c.mode <= VerifyMode::kCoupled) return by_target(a, c, call.like, stream);
+  if (!dense) return by_laws(a, {}, {}, c, stream);
+  const Tensor room = torch::stable::new_empty(call.like, {a.vocab + c.laws.mapped}, ScalarType::Int);
+  const ColumnMap columns = c.laws.map ? link_columns(a, c.laws, room, stream) : ColumnMap{};
+  RowArgs drafts = chains(call.drafter, c);
+  drafts.certain_at_infinity = true;
+  const Tensor own = add_records(op, drafts, call.like, units, true, false);
+  launch_records(op, drafts, units, stream);
+  by_laws(a, drafts, columns, c, stream);
 }
 
 }  // namespace
 }  // namespace n3::mtp
 
-STABLE_TORCH_LIBRARY_IMPL(n3, CUDA, m) { m.impl("mtp_verify", TORCH_BOX(&n3::mtp::mtp_verify)); }
+STABLE_TORCH_LIBRARY_IMPL(n3, CUDA, m) { m.impl("mtp_verify", TORCH_BOX(&n3::mtp::verify::entry<n3::mtp::mtp_verify>)); }

@@ -22,8 +22,9 @@ struct Verifier {
   double all;  // the sum of all weights of the row at hand
   int32_t count;
 
-  N3_DEVICE Verifier(const RowArgs& rows, const RowArgs& drafts, const VerifyArgs& call, DrawShared& s)
-      : a(rows), c(call), shared(s), law(rows, s), q{drafts, DenseType(call.dense_type), 0, -1, 0, 0, 0, {}},
+  N3_DEVICE Verifier(const RowArgs& rows, const RowArgs& drafts, const ColumnMap& columns, const VerifyArgs& call,
+                     DrawShared& s)
+      : a(rows), c(call), shared(s), law(rows, s), q{drafts, columns, 0, -1, 0, 0, 0, {}},
         dense(drafts.logits != nullptr), flags(0), all(1), count(0) {}
 
   N3_DEVICE int32_t draft(int32_t i) const { return c.drafts[u.first + i]; }
@@ -85,7 +86,7 @@ struct Verifier {
 
   // 0 where it is not positive, NaN included.
   N3_DEVICE double q_of_entry(int32_t e) const {
-    const double own = c.law_probs ? double(c.law_probs[law.row * a.entries + e]) : 1.;
+    const double own = c.laws.probs ? double(c.laws.probs[law.row * a.entries + e]) : 1.;
     return own > 0 ? own : 0.;
   }
 
@@ -276,7 +277,7 @@ struct Verifier {
   N3_DEVICE void run(int32_t request) {
     u = locate(a, request * a.width);
     if (u.live) {
-      chain = chain_of(a, c, u), seed = c.seed[u.slot], pos = c.pos[request];
+      chain = chain_of(a, c, u), seed = a.seed[u.slot], pos = c.pos[request];
       if constexpr (kLossy) {
         by_nearness();
       } else {
@@ -292,10 +293,10 @@ struct Verifier {
 // `drafts`: the drafters' logits with their records; without logits: laws are lists, or certain.
 template <typename T, bool kLossy>
 __global__ __launch_bounds__(kDrawThreads, 2) void verify_kernel(const RowArgs a, const RowArgs drafts,
-                                                              const VerifyArgs c) {
+                                                                 const ColumnMap columns, const VerifyArgs c) {
   __shared__ DrawShared shared;
   hopper::wait_for_previous();
-  Verifier<T, kLossy> verifier(a, drafts, c, shared);
+  Verifier<T, kLossy> verifier(a, drafts, columns, c, shared);
   verifier.run(int32_t(blockIdx.x));
 }
 

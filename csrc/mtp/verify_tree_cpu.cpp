@@ -1,10 +1,6 @@
 // n3::mtp_verify_tree: from the root to accepted children, and one token more. Rules in
 // n3kernels/mtp/verify_tree.py.
-#include <string>
-#include <tuple>
-
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "../common/threads.h"
 #include "drafts.h"
@@ -25,31 +21,29 @@ struct Out {
 // One thread's walk through the tree of one request after another.
 class Tree {
  public:
-  Tree(const Rows& rows, const DraftArgs& drafts, const Column<int32_t>& parents, const Column<int32_t>& eos,
-       int64_t max_depth)
-      : rows_(rows), drafts_(drafts), parents_(parents), eos_(eos), max_depth_(max_depth), row_(rows), q_(drafts) {}
+  explicit Tree(const Call& call) : rows_(call.rows), args_(call.args), row_(rows_), q_(rows_, args_) {}
 
-  void run(Mode mode, const Request& request, Out& out) {
+  void run(const Request& request, Out& out) {
     request_ = request, out_ = &out;
-    noise_ = {rows_.seed[request.slot], request.pos, request.first, drafts_.uniforms.data()};
+    noise_ = {rows_.seed[request.slot], request.pos, request.first, args_.uniforms};
+    const bool by_token = args_.mode == Mode::kToken, greedy = args_.mode == Mode::kGreedy;
     for (int64_t node = 0, depth = 0; node >= 0; ++depth) {
       find_children(node, depth);
-      const int64_t child = mode == Mode::kToken ? sibling(node, depth) : follow(node, depth, mode == Mode::kGreedy);
+      const int64_t child = by_token ? sibling(node, depth) : follow(node, depth, greedy);
       const int32_t token = out.tokens[out.count];
       out.rows[out.count++] = int32_t(request.first + node);
-      const int32_t* ids = eos_.data();
-      node = std::find(ids, ids + eos_.size(), token) != ids + eos_.size() ? -1 : child;
+      node = is_eos(args_, token) ? -1 : child;
     }
   }
 
  private:
-  int32_t token_of(int64_t node) const { return drafts_.tokens[request_.first + node]; }
+  int32_t token_of(int64_t node) const { return args_.drafts[request_.first + node]; }
 
   void find_children(int64_t node, int64_t depth) {
     children_.clear();
-    if (depth == max_depth_) return;
+    if (depth + 1 == args_.width) return;
     for (int64_t j = node + 1; j < request_.rows; ++j) {
-      if (parents_[request_.first + j] == node && token_of(j) >= 0) children_.push_back(j);
+      if (args_.parents[request_.first + j] == node && token_of(j) >= 0) children_.push_back(j);
     }
   }
 
@@ -59,7 +53,7 @@ class Tree {
 
   // The target's own token, and the first child that has it; -1: none has.
   int64_t follow(int64_t node, int64_t depth, bool greedy) {
-    const Emitted e = row_.emit(request_.first + node, request_.slot, request_.pos + depth, greedy);
+    const Emitted e = row_.emit(request_.first + node, request_.slot, position(request_.pos, depth), greedy);
     put(e.token, e.logprob), out_->flags |= e.flags;
     int64_t child = -1;
     for (const int64_t j : children_) {
@@ -72,7 +66,7 @@ class Tree {
   // p, with the tokens apart that some q may take away from.
   void look(int64_t node) {
     apart_.clear();
-    if (drafts_.ids && !children_.empty()) q_.read(request_.first + node, request_.slot, -1), apart_ = q_.ids();
+    if (args_.laws.ids && !children_.empty()) q_.read(request_.first + node, request_.slot, -1), apart_ = q_.ids();
     for (const int64_t j : children_) {
       if (token_of(j) < rows_.vocab) apart_.push_back(token_of(j));
     }
@@ -103,7 +97,7 @@ class Tree {
         out_->flags |= kOutOfRange;
         continue;
       }
-      if (!drafts_.ids) q_.read(request_.first + j, request_.slot, d);
+      if (!args_.laws.ids) q_.read(request_.first + j, request_.slot, d);
       const double q = q_.of(d), p = p_[std::lower_bound(apart_.begin(), apart_.end(), d) - apart_.begin()];
       if (!(q > 0 && q < kInf)) {
         out_->flags |= kNotDrawn;
@@ -120,10 +114,8 @@ class Tree {
     return -1;
   }
 
-  const Rows& rows_;
-  const DraftArgs& drafts_;
-  const Column<int32_t>&parents_, &eos_;
-  int64_t max_depth_;
+  const RowInputs& rows_;
+  const TreeArgs& args_;
   Row row_;
   DraftLaw q_;
 
@@ -136,51 +128,27 @@ class Tree {
   double factor_ = 1, outside_ = 0;        // p = factor * weight of the others, and their sum
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mtp_verify_tree(
-    const Tensor& logits, const Tensor& node_tokens, const Tensor& parents, const Tensor& cu_rows, const Tensor& seed,
-    const Tensor& pos, const std::string& mode_name, int64_t max_depth, const OptionalTensor& slot,
-    const OptionalTensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
-    const OptionalTensor& min_p, const OptionalTensor& bitmask, const OptionalTensor& bitmask_row,
-    const OptionalTensor& forced_token, const OptionalTensor& bias_ids, const OptionalTensor& bias_val,
-    const OptionalTensor& bias_cu, const OptionalTensor& eos_ids, const OptionalTensor& draft_ids,
-    const OptionalTensor& draft_probs, const OptionalTensor& draft_vocab, const OptionalTensor& uniforms) {
-  const SlotArgs slots{seed, slot, temperature, top_k, top_p, min_p};
-  const EditArgs edits{bitmask, bitmask_row, forced_token, bias_ids, bias_val, bias_cu};
-  const OptionalTensor none;
-  const LawArgs laws{draft_ids, draft_probs, none, none, draft_vocab, uniforms};
-  const Mode mode =
-      check(logits, node_tokens, parents, cu_rows, pos, mode_name, max_depth, slots, edits, eos_ids, laws);
-  const int64_t b = cu_rows.size(0) - 1;
-
-  const Rows rows(logits, slots, edits);
-  const DraftArgs drafts(rows.vocab, node_tokens, laws);
-  const Requests requests(rows, cu_rows, pos);
-  const Column<int32_t> parent(parents), eos(eos_ids);
-  const int64_t width = max_depth + 1;
-  const Tensor tokens = torch::stable::new_empty(logits, {b, width}, ScalarType::Int);
-  const Tensor num_emitted = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const Tensor path = torch::stable::new_empty(logits, {b, width}, ScalarType::Int);
-  const Tensor logprobs = torch::stable::new_empty(logits, {b, width}, ScalarType::Float);
-  const Tensor flags = torch::stable::new_empty(logits, {b}, ScalarType::Int);
-  const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
-  auto* logprob = static_cast<float*>(logprobs.mutable_data_ptr());
-  std::fill_n(ints(tokens), b * width, -1);
-  std::fill_n(ints(path), b * width, -1);
-  std::fill_n(logprob, b * width, 0.f);
-  for_items(b, rows.n * rows.vocab, [&](auto take) {
-    Tree tree(rows, drafts, parent, eos, max_depth);
-    for (int64_t i = take(); i < b; i = take()) {
-      const Request request = requests[i];
-      Out out{ints(tokens) + i * width, ints(path) + i * width, logprob + i * width};
-      if (request.live) tree.run(mode, request, out);
-      ints(num_emitted)[i] = int32_t(out.count);
-      ints(flags)[i] = out.flags | (request.out_of_range ? kOutOfRange : 0);
+void mtp_verify_tree(const Call& call) {
+  const TreeArgs& a = call.args;
+  const int64_t size = int64_t(a.requests) * a.width;
+  std::fill_n(a.tokens, size, -1);
+  std::fill_n(a.path, size, -1);
+  std::fill_n(a.logprobs, size, 0.f);
+  for_items(a.requests, int64_t(call.rows.rows) * call.rows.vocab, [&](auto take) {
+    Tree tree(call);
+    for (int64_t b = take(); b < a.requests; b = take()) {
+      const Request request = request_of(call.rows, a, b);
+      Out out{a.tokens + b * a.width, a.path + b * a.width, a.logprobs + b * a.width};
+      if (request.live) tree.run(request, out);
+      a.num_emitted[b] = int32_t(out.count);
+      a.flags[b] = out.flags | (request.out_of_range ? kOutOfRange : 0);
     }
   });
-  return {tokens, num_emitted, path, logprobs, flags};
 }
 
 }  // namespace
 }  // namespace n3::mtp
 
-STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) { m.impl("mtp_verify_tree", TORCH_BOX(&n3::mtp::mtp_verify_tree)); }
+STABLE_TORCH_LIBRARY_IMPL(n3, CPU, m) {
+  m.impl("mtp_verify_tree", TORCH_BOX(&n3::mtp::verify_tree::entry<n3::mtp::mtp_verify_tree>));
+}

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import Check
 from . import reference_verify
-from ._supports import columns_are_tokens, not_float64
+from ._supports import not_float64
 from .reference_verify import LOSSY, MODES
 from .sample import check_edits, check_logits, check_slots
 
@@ -169,6 +169,10 @@ def check_laws(
         check.shape("draft_ids", draft_ids, (n, m))
         check.dtype("draft_probs", draft_probs, torch.float32)
         check.shape("draft_probs", draft_probs, (n, m))
+    if draft_vocab is not None:
+        check.dtype("draft_vocab", draft_vocab, torch.int32)
+        check.dim("draft_vocab", draft_vocab, 1)
+        check.that(draft_vocab.shape[0] >= 1, "draft_vocab must have at least 1 element", draft_vocab.shape[0])
     if draft_logits is not None:
         check.floating("draft_logits", draft_logits)
         check.dim("draft_logits", draft_logits, 2)
@@ -178,10 +182,6 @@ def check_laws(
         check.that(draft_logits is not None, "draft_temperature must be None without draft_logits")
         check.dtype("draft_temperature", draft_temperature, torch.float32)
         check.shape("draft_temperature", draft_temperature, seed.shape)
-    if draft_vocab is not None:
-        check.dtype("draft_vocab", draft_vocab, torch.int32)
-        check.dim("draft_vocab", draft_vocab, 1)
-        check.that(draft_vocab.shape[0] >= 1, "draft_vocab must have at least 1 element", draft_vocab.shape[0])
     if uniforms is not None:
         check.dtype("uniforms", uniforms, torch.float64)
         check.shape("uniforms", uniforms, (n, 2))
@@ -205,5 +205,5 @@ _dispatch.register(
     fake=_fake,
     reference=reference_verify.mtp_verify,
     triton="n3kernels.triton_ops.mtp.verify:mtp_verify",
-    supports={"cpu": not_float64, "triton": not_float64, "cuda": columns_are_tokens},
+    supports={"cpu": not_float64, "triton": not_float64, "cuda": not_float64},
 )

@@ -16,46 +16,55 @@ NOTHING = torch.iinfo(torch.int32).min  # in an output: not written
 reversed_threads = False  # tests switch it
 
 
-class RowArgs(ctypes.Structure):
+def pointers(names):
+    return [(name, c_void_p) for name in names.split()]
+
+
+class RowInputs(ctypes.Structure):
     _fields_ = [
-        ("logits", c_void_p), ("stride", c_int64), ("vocab", c_int32), ("rows", c_int32), ("slots", c_int32),
-        ("width", c_int32), ("requests", c_int32),
-        *((name, c_void_p) for name in (
-            "cu_rows", "drafts", "slot", "temperature", "top_p", "min_p", "top_k", "bitmask", "bitmask_row",
-            "forced_token", "bias_ids", "bias_cu", "bias_val",
-        )),
-        ("mask_rows", c_int32), ("biases", c_int32), ("law_tokens", c_void_p), ("law_ids", c_void_p),
-        ("law_map", c_void_p), ("entries", c_int32), ("mapped", c_int32), ("tiles", c_int32), ("subs", c_int32),
-        *((name, c_void_p) for name in ("masses", "heats", "maxima", "gathered", "cuts", "flags")),
-        ("apart", c_bool), ("certain_at_infinity", c_bool),
+        ("logits", c_void_p), ("stride", c_int64), ("type", c_int32), ("vocab", c_int32), ("rows", c_int32),
+        ("slots", c_int32),
+        *pointers("slot seed temperature top_p min_p top_k bitmask bitmask_row forced_token bias_ids bias_cu bias_val"),
+        ("mask_rows", c_int32), ("biases", c_int32),
+    ]  # fmt: skip
+
+
+class RowArgs(RowInputs):
+    _fields_ = [
+        ("width", c_int32), ("requests", c_int32), *pointers("cu_rows drafts law_tokens law_ids law_map"),
+        ("entries", c_int32), ("mapped", c_int32), ("tiles", c_int32), ("subs", c_int32),
+        *pointers("masses heats maxima gathered cuts flags"), ("apart", c_bool), ("certain_at_infinity", c_bool),
     ]  # fmt: skip
 
 
 class SampleArgs(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("seed", "pos", "tokens", "flags", "logprobs")]
-
-
-class VerifyArgs(ctypes.Structure):
-    _fields_ = [
-        ("mode", c_int32), ("dense_type", c_int32),
-        *((name, c_void_p) for name in ("seed", "pos", "uniforms", "drafts", "eos")), ("eos_count", c_int32),
-        ("law_probs", c_void_p), ("relaxed_top_k", c_int64), ("relaxed_delta", c_double),
-        ("typical_epsilon", c_double), ("typical_delta", c_double),
-        *((name, c_void_p) for name in ("tokens", "num_emitted", "last_row", "flags", "logprobs")),
-    ]  # fmt: skip
+    _fields_ = pointers("pos tokens flags logprobs")
 
 
 class DraftSampleArgs(ctypes.Structure):
-    _fields_ = [*((name, c_void_p) for name in ("seed", "pos", "map", "tokens", "ids", "probs")), ("max_ids", c_int32)]
+    _fields_ = [*pointers("pos map tokens ids probs"), ("max_ids", c_int32)]
 
 
-class TreeArgs(ctypes.Structure):
+class LawInputs(ctypes.Structure):
+    _fields_ = [*pointers("ids probs map"), ("entries", c_int32), ("mapped", c_int32)]
+
+
+class WalkArgs(ctypes.Structure):
     _fields_ = [
-        ("mode", c_int32), ("max_depth", c_int32),
-        *((name, c_void_p) for name in ("seed", "pos", "uniforms", "nodes", "parents", "eos")), ("eos_count", c_int32),
-        *((name, c_void_p) for name in ("law_ids", "law_map", "law_probs")), ("entries", c_int32), ("mapped", c_int32),
-        *((name, c_void_p) for name in ("tokens", "num_emitted", "path", "flags", "logprobs")),
+        *pointers("cu_rows drafts eos pos uniforms"), ("laws", LawInputs), ("requests", c_int32), ("width", c_int32),
+        ("eos_count", c_int32), *pointers("tokens num_emitted flags logprobs"),
     ]  # fmt: skip
+
+
+class VerifyArgs(WalkArgs):
+    _fields_ = [
+        ("mode", c_int32), ("relaxed_top_k", c_int64), ("relaxed_delta", c_double), ("typical_epsilon", c_double),
+        ("typical_delta", c_double), ("last_row", c_void_p),
+    ]  # fmt: skip
+
+
+class TreeArgs(WalkArgs):
+    _fields_ = [("mode", c_int32), *pointers("parents path")]
 
 
 def kernels():
@@ -80,11 +89,26 @@ class Arguments:
         self.kept.append(logits)
         columns = {name: self(t) for name, t in tensors.items()}
         return RowArgs(
-            logits=logits.data_ptr(), stride=logits.stride(0), vocab=logits.shape[1], rows=logits.shape[0],
-            slots=seed.shape[0], width=width, bitmask=self(bitmask), bias_ids=self(bias_ids),
-            mask_rows=0 if bitmask is None else len(bitmask), biases=0 if bias_ids is None else len(bias_ids),
-            **columns,
+            logits=logits.data_ptr(), stride=logits.stride(0), type=DTYPES.index(logits.dtype), vocab=logits.shape[1],
+            rows=logits.shape[0], slots=seed.shape[0], seed=self(seed), width=width, bitmask=self(bitmask),
+            bias_ids=self(bias_ids), mask_rows=0 if bitmask is None else len(bitmask),
+            biases=0 if bias_ids is None else len(bias_ids), **columns,
         )  # fmt: skip
+
+    def walk(self, kind, tokens, cu_rows, pos, eos_ids, uniforms, ids, probs, words, width, mode):
+        """The arguments of a walk and its outputs, in the order tokens, counts, rows, log-probabilities, flags."""
+        b = len(cu_rows) - 1
+        rows = (b,) if kind is VerifyArgs else (b, width)
+        out = room(b, width), room(b), room(*rows), room(b, width, dtype=torch.float32), room(b)
+        laws = LawInputs(
+            self(ids), self(probs), self(words), 0 if ids is None else ids.shape[1], 0 if words is None else len(words)
+        )
+        return kind(
+            cu_rows=self(cu_rows), drafts=self(tokens), eos=self(eos_ids), pos=self(pos), uniforms=self(uniforms),
+            laws=laws, requests=b, width=width, eos_count=0 if eos_ids is None else len(eos_ids),
+            tokens=out[0].data_ptr(), num_emitted=out[1].data_ptr(), logprobs=out[3].data_ptr(),
+            flags=out[4].data_ptr(), mode=MODES.index(mode),
+        ), out  # fmt: skip
 
 
 def room(*shape, dtype=torch.int32):
@@ -96,11 +120,8 @@ def sample(logits, seed, pos, **options):
     n, keep = logits.shape[0], Arguments()
     args = keep.rows(logits, seed, **options)
     out = room(n), room(n, dtype=torch.float32), room(n)
-    outputs = SampleArgs(keep(seed), keep(pos), *(t.data_ptr() for t in (out[0], out[2], out[1])))
-    kind = DTYPES.index(logits.dtype)
-    kernels().emulate_sample(
-        ctypes.byref(args), ctypes.byref(outputs), kind, c_int64(n), c_bool(reversed_threads)
-    )  # fmt: skip
+    outputs = SampleArgs(keep(pos), *(t.data_ptr() for t in (out[0], out[2], out[1])))
+    kernels().emulate_sample(ctypes.byref(args), ctypes.byref(outputs), c_int64(n), c_bool(reversed_threads))
     return out
 
 
@@ -112,28 +133,23 @@ def verify(
     draft_probs=None, draft_logits=None, draft_temperature=None, draft_vocab=None, allow_lossy=False, relaxed_top_k=1,
     relaxed_delta=0.0, typical_epsilon=0.3, typical_delta=0.09, uniforms=None, slot=None, **options,
 ):  # fmt: skip
-    b, width, keep = cu_rows.shape[0] - 1, max_drafts + 1, Arguments()
+    keep, laws = Arguments(), (draft_ids, draft_probs, draft_vocab)
+    call, out = keep.walk(
+        VerifyArgs, draft_tokens, cu_rows, pos, eos_ids, uniforms, *laws, width=max_drafts + 1, mode=mode
+    )
+    call.relaxed_top_k, call.relaxed_delta, call.last_row = relaxed_top_k, relaxed_delta, out[2].data_ptr()
+    call.typical_epsilon, call.typical_delta = typical_epsilon, typical_delta
     requests = {"cu_rows": cu_rows, "drafts": draft_tokens, "slot": slot}
-    args = keep.rows(logits, seed, width, **requests, **options)
+    args, drafts = keep.rows(logits, seed, call.width, **requests, **options), RowArgs()
     if mode not in ("greedy", "coupled"):
-        args.law_tokens, args.law_ids = keep(draft_tokens), keep(draft_ids)
-        args.entries = 1 if draft_ids is None else draft_ids.shape[1]
-        args.law_map, args.mapped = keep(draft_vocab), 0 if draft_vocab is None else len(draft_vocab)
+        args.law_tokens, args.law_ids, args.law_map = call.drafts, call.laws.ids, call.laws.map
+        args.entries, args.mapped = call.laws.entries or 1, call.laws.mapped
         args.apart = mode in ("token", "block") and draft_logits is None
-    drafts = RowArgs()
     if draft_logits is not None:
-        drafts = keep.rows(draft_logits, seed, width, **requests, temperature=draft_temperature)
+        drafts = keep.rows(draft_logits, seed, call.width, **requests, temperature=draft_temperature)
         drafts.certain_at_infinity = True
-    out = room(b, width), room(b), room(b), room(b, width, dtype=torch.float32), room(b)
-    call = VerifyArgs(
-        MODES.index(mode), 0, keep(seed), keep(pos), keep(uniforms), keep(draft_tokens), keep(eos_ids),
-        0 if eos_ids is None else len(eos_ids), keep(draft_probs), relaxed_top_k, relaxed_delta, typical_epsilon,
-        typical_delta, *(out[i].data_ptr() for i in (0, 1, 2, 4, 3)),
-    )  # fmt: skip
-    kind = 0 if draft_logits is None else DTYPES.index(draft_logits.dtype)
     kernels().emulate_verify(
-        ctypes.byref(args), ctypes.byref(drafts), ctypes.byref(call), DTYPES.index(logits.dtype), kind, c_int64(b),
-        c_bool(reversed_threads),
+        ctypes.byref(args), ctypes.byref(drafts), ctypes.byref(call), c_bool(reversed_threads)
     )  # fmt: skip
     return out
 
@@ -142,10 +158,8 @@ def draft_sample(logits, seed, pos, *, max_ids, draft_vocab=None, **options):
     n, keep = logits.shape[0], Arguments()
     args = keep.rows(logits, seed, **options)
     out = room(n), room(n, max_ids), room(n, max_ids, dtype=torch.float32)
-    call = DraftSampleArgs(keep(seed), keep(pos), keep(draft_vocab), *(t.data_ptr() for t in out), max_ids)
-    kernels().emulate_draft_sample(
-        ctypes.byref(args), ctypes.byref(call), DTYPES.index(logits.dtype), c_int64(n), c_bool(reversed_threads)
-    )  # fmt: skip
+    call = DraftSampleArgs(keep(pos), keep(draft_vocab), *(t.data_ptr() for t in out), max_ids)
+    kernels().emulate_draft_sample(ctypes.byref(args), ctypes.byref(call), c_bool(reversed_threads))
     return out
 
 
@@ -153,17 +167,10 @@ def verify_tree(
     logits, node_tokens, parents, cu_rows, seed, pos, *, mode="greedy", max_depth, eos_ids=None, draft_ids=None,
     draft_probs=None, draft_vocab=None, uniforms=None, **options,
 ):  # fmt: skip
-    b, width, keep = cu_rows.shape[0] - 1, max_depth + 1, Arguments()
+    keep, laws = Arguments(), (draft_ids, draft_probs, draft_vocab)
+    call, out = keep.walk(TreeArgs, node_tokens, cu_rows, pos, eos_ids, uniforms, *laws, width=max_depth + 1, mode=mode)
+    call.parents, call.path = keep(parents), out[2].data_ptr()
     args = keep.rows(logits, seed, 0, cu_rows=cu_rows, **options)
-    args.requests = b
-    out = room(b, width), room(b), room(b, width), room(b, width, dtype=torch.float32), room(b)
-    call = TreeArgs(
-        MODES.index(mode), max_depth, keep(seed), keep(pos), keep(uniforms), keep(node_tokens), keep(parents),
-        keep(eos_ids), 0 if eos_ids is None else len(eos_ids), keep(draft_ids), keep(draft_vocab), keep(draft_probs),
-        0 if draft_ids is None else draft_ids.shape[1], 0 if draft_vocab is None else len(draft_vocab),
-        *(out[i].data_ptr() for i in (0, 1, 2, 4, 3)),
-    )  # fmt: skip
-    kernels().emulate_verify_tree(
-        ctypes.byref(args), ctypes.byref(call), DTYPES.index(logits.dtype), c_bool(reversed_threads)
-    )  # fmt: skip
+    args.requests = call.requests
+    kernels().emulate_verify_tree(ctypes.byref(args), ctypes.byref(call), c_bool(reversed_threads))
     return out

@@ -16,6 +16,7 @@ import test_draft_sample
 import test_laws
 import test_sample
 import test_verify
+import test_verify_thresholds
 import test_verify_tree
 import torch
 from conftest import fenced
@@ -42,6 +43,8 @@ def kernels(monkeypatch):
     monkeypatch.setattr(test_verify_tree, "verify", emulated.verify)
     monkeypatch.setattr(test_verify_tree, "verify_tree", emulated.verify_tree)
     monkeypatch.setattr(test_draft_sample, "draft_sample", emulated.draft_sample)
+    monkeypatch.setattr(test_verify_thresholds, "verify", emulated.verify)
+    monkeypatch.setattr(test_verify_thresholds, "verify_tree", emulated.verify_tree)
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
@@ -118,6 +121,21 @@ def test_row_offsets_are_clamped(cu, first, count):
     test_verify.test_row_offsets_are_clamped("emulated", cu, first, count)
 
 
+@pytest.mark.parametrize("mode, form, ratios", test_verify_thresholds.CASES)
+def test_every_threshold_of_chains(mode, form, ratios):
+    test_verify_thresholds.test_chains("emulated", mode, form, ratios)
+
+
+@pytest.mark.parametrize("form", ["certain", "sparse", "mapped"])
+def test_every_threshold_of_trees(form):
+    test_verify_thresholds.test_trees("emulated", form)
+
+
+def test_every_threshold_of_lossy_modes():
+    test_verify_thresholds.test_relaxed("emulated")
+    test_verify_thresholds.test_typical("emulated")
+
+
 def test_the_law_is_the_targets(monkeypatch):
     monkeypatch.setattr(laws, "STEPS", 20)
     toy = laws.Toy(3, 1, support=2, filters={"temperature": 0.8}, generator=test_laws.generator(9))
@@ -190,12 +208,18 @@ def drafts_of(form: str, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
         return drafts, {"draft_ids": ids, "draft_probs": probs / probs.sum(1, keepdim=True)}
     if form == "dense":
         return drafts, {"draft_logits": (x + torch.randn(n, vocab)).to(torch.bfloat16)}
+    if form == "reduced":  # several columns are one token, and some are none
+        words = torch.randint(-1, vocab + 1, (vocab * 2 // 3 + n,), dtype=INT)
+        words[-n:] = drafts
+        columns = torch.cat([x, x[:, :1]], 1)[:, words.long()]
+        return drafts, {"draft_logits": columns + torch.randn(columns.shape), "draft_vocab": words}
     return drafts, {}
 
 
 @pytest.mark.parametrize("mode, form", [
     ("greedy", ""), ("coupled", ""), ("token", "one-hot"), ("token", "sparse"), ("token", "dense"),
     ("block", "one-hot"), ("block", "sparse"), ("block", "dense"), ("relaxed", ""), ("typical", ""),
+    ("token", "reduced"), ("block", "reduced"),
 ])  # fmt: skip
 def test_verify_agrees_with_the_cpu_kernel(mode, form):
     @few
@@ -212,7 +236,7 @@ def test_verify_agrees_with_the_cpu_kernel(mode, form):
         }  # fmt: skip
         if mode in ("relaxed", "typical"):
             call |= {"allow_lossy": True, "relaxed_top_k": 3, "relaxed_delta": 0.2}
-        if form == "dense":
+        if "draft_logits" in law:
             call["draft_temperature"] = torch.tensor([1.0, 0.0, 0.7, 2.0])
         args = logits, drafts, torch.tensor(cu, dtype=INT), seeds, pos
         mine = emulated.verify(*args, **call)
@@ -262,6 +286,7 @@ def test_draft_sample_agrees_with_the_cpu_kernel(vocab, max_ids, kind):
 
 @pytest.mark.parametrize("mode, form", [
     ("token", "one-hot"), ("token", "sparse"), ("token", "dense"), ("block", "sparse"), ("block", "dense"),
+    ("token", "reduced"), ("block", "reduced"),
 ])  # fmt: skip
 @pytest.mark.parametrize("accept", [0.02, 0.999])
 def test_final_draws_over_all_tiles(mode, form, accept):
@@ -270,7 +295,7 @@ def test_final_draws_over_all_tiles(mode, form, accept):
     logits = torch.randn(2, vocab).repeat(b, 1)
     drafts, law = drafts_of(form, logits[:2])
     drafts[0] = logits[0].argmax()
-    law = {name: t.repeat(b, 1) for name, t in law.items()}
+    law = {name: t if name == "draft_vocab" else t.repeat(b, 1) for name, t in law.items()}
     if form == "sparse":
         law["draft_ids"][:, 0], law["draft_probs"][:, 0] = drafts.repeat(b), 0.3
     uniforms = torch.full((b, 2, 2), accept, dtype=torch.float64)

@@ -376,6 +376,8 @@ BAD = [
      "draft_ids must have 1 to 64 columns, got 65"),
     ({"mode": "block", "draft_temperature": torch.ones(2)}, "draft_temperature must be None without draft_logits"),
     ({"mode": "block", "draft_logits": torch.zeros(4, 3)}, "draft_logits must have shape [4, 43], got [4, 3]"),
+    ({"mode": "block", "draft_logits": torch.zeros(4, 3), "draft_vocab": torch.tensor(1, dtype=torch.int32)},
+     "draft_vocab must have 1 dimensions, got 0"),
     ({"mode": "coupled", "uniforms": torch.zeros(4, 2, dtype=torch.float64)}, "uniforms must be None in mode coupled"),
     ({"mode": "token", "uniforms": torch.zeros(4, 2)}, "uniforms must be float64, got float32"),
     ({"max_drafts": -1}, "max_drafts must be at least 0, got -1"),

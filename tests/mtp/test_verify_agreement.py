@@ -116,8 +116,9 @@ def assert_agree(got, want, names, lazy=False):
 
 
 def calls(backend):
-    """Of a seed each; Triton's interpreter takes half a second for one."""
-    return 20 if backend == "triton" and DEVICE == "cpu" else 60
+    """Of a seed each; Triton's interpreter takes half a second for one. Formulas are asked by
+    test_verify_thresholds.py; these are for edits, filters, ties, odd rows and their company."""
+    return 10 if backend == "triton" and DEVICE == "cpu" else 60
 
 
 NAMES = ("tokens", "num_emitted", "last_row", "logprobs", "flags")
@@ -133,7 +134,7 @@ LOSSY = {
 @pytest.mark.parametrize("mode, form", FORMS)
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_small_vocabularies(backend, mode, form, many):
-    for seed in range(250, 350) if many else range(calls(backend)):
+    for seed in range(250, 290) if many else range(calls(backend)):
         call = on_device(a_call(seed, mode, form, 43, 3, 3) | LOSSY.get(mode, {}))
         want = reference_verify.mtp_verify(**call)
         try:

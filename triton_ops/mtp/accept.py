@@ -16,7 +16,7 @@ from .chains import (
     STORED,
     accept_uniform,
     chain_of,
-    final_uniform,
+    end_chain,
     flag_of_draft,
     law_of_row,
     logprob_of,
@@ -89,8 +89,8 @@ def by_tile(token, mass, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @device_function
 def _final_draw(
-    logits, edits, laws, sizes, row, law, scale, rejected, u,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BIASES: tl.constexpr,
+    logits, edits, laws, sizes, unit, row, slot, law, scale, rejected, u,
+    BLOCK_M: tl.constexpr, TILES: tl.constexpr, BIASES: tl.constexpr,
 ):  # fmt: skip
     """A token from max(scale p - q, 0) after a rejection, else, or where nothing is left, from p; and log p of it."""
     token, p, q, outside, z = against_support(logits, edits, laws, sizes, row, law, TILES, BLOCK_M, BIASES)
@@ -100,7 +100,7 @@ def _final_draw(
     mass = scale * outside + by_tile(token, left, TILES, BLOCK_M)
     tile, before, wanted = pick_tile(mass, u, TILES)
 
-    ids, p_of = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
+    ids, p_of, otherwise = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
     lowest = tile * TILE
     q_of = tl.zeros((TILE,), tl.float64)
     for j in range(laws[4]):
@@ -108,7 +108,7 @@ def _final_draw(
         if (one >= lowest) & (one < lowest + TILE):
             q_of = tl.where(ids == one, q_of + its, q_of)
     w = tl.where(taken, tl.maximum(scale * p_of - q_of, 0.0), scale * p_of)
-    drawn = pick_token(w, p_of, ids, tile, before, wanted)
+    drawn = pick_token(w, ids, otherwise, before, wanted)
     return drawn, logprob_of(logits, edits, sizes, row, law, z, drawn, BIASES)
 
 
@@ -161,26 +161,11 @@ def accept_kernel(
         if BY_BLOCK:
             all_accepted = u < w  # of no drafts as well: u = 0
             tau = tl.where(all_accepted, k, tau)
-            if (tau < k) & (ends == 0):  # the row after the last draft was looked at
-                law = law_of_row(
-                    logits, params, edits, records, sizes, b * width + k, (first + k).to(tl.int64), slot,
-                    TILES, FILTERED,
-                )  # fmt: skip
-                flags |= law[3]
-        rejected = tau < k
-        emitted = tau
-        if rejected | (ends == 0):
-            row = (first + tau).to(tl.int64)
-            law = law_of_row(logits, params, edits, records, sizes, b * width + tau, row, slot, TILES, FILTERED)
-            flags |= law[3]
-            u = final_uniform(uniforms_ptr, row, seed, pos + tau)
-            token, logprob = _final_draw(
-                logits, edits, laws, sizes, row, law, tl.where(rejected, scale, 1.0), rejected, u,
-                TILES, BLOCK_M, BIASES,
-            )  # fmt: skip
-            tokens = tl.where(lane == tau, token, tokens)
-            logprobs = tl.where(lane == tau, logprob.to(tl.float32), logprobs)
-            emitted = tau + 1
+        scale = tl.where(tau < k, scale, 1.0)
+        tokens, logprobs, emitted, flags = end_chain(
+            logits, params, edits, records, sizes, b, first, slot, k, ends, tau, scale, seed, pos, uniforms_ptr,
+            tokens, logprobs, flags, laws, _final_draw, BLOCK_M, BY_BLOCK, FILTERED, TILES, BLOCK_K, BIASES,
+        )  # fmt: skip
     store_request(
         tokens_ptr, num_ptr, last_ptr, logprobs_ptr, flags_ptr, b, width, tokens, logprobs, emitted, first, flags,
         BLOCK_K,

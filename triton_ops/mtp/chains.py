@@ -37,9 +37,9 @@ from .rows import (
 )  # fmt: skip
 
 __all__ = [
-    "EOS", "FLAG_NOT_DRAWN", "NOISE", "STORED", "accept_uniform", "chain_of", "ends_sequence", "final_uniform",
-    "flag_of_draft", "law_of_row", "logprob_of", "masses_of_row", "pick_tile", "pick_token", "prob_of", "store_request",
-    "tile_law", "total_of",
+    "EOS", "FLAG_NOT_DRAWN", "NOISE", "STORED", "accept_uniform", "chain_of", "end_chain", "ends_sequence",
+    "final_uniform", "flag_of_draft", "law_of_row", "logprob_of", "masses_of_row", "pick_tile", "pick_token",
+    "prob_of", "store_request", "tile_law", "total_of",
 ]  # fmt: skip
 
 FLAG_NOT_DRAWN = tl.constexpr(16)
@@ -189,7 +189,7 @@ def pick_tile(mass, u, TILES: tl.constexpr):
 
 @device_function
 def tile_law(logits, edits, sizes, row, law, z, tile, BIASES: tl.constexpr):
-    """Tokens of a tile and p."""
+    """Tokens of a tile, p, and the last token with a p."""
     only, top, temperature, _, cut, mask_row, _, _ = law
     ids = tl.arange(0, TILE) + tile * TILE
     p = tl.where(ids == only, 1.0, 0.0).to(tl.float64)
@@ -198,14 +198,14 @@ def tile_law(logits, edits, sizes, row, law, z, tile, BIASES: tl.constexpr):
         tile_top = largest(x)
         factor = weight64(tile_top, top, temperature) / z
         p = tl.where(x >= cut, weight(x, tile_top, temperature), 0.0).to(tl.float64) * factor
-    return ids, p
+    return ids, p, largest(tl.where(p > 0.0, ids, tile * TILE))
 
 
 @device_function
-def pick_token(w, p, ids, tile, before, wanted):
+def pick_token(w, ids, otherwise, before, wanted):
     """The token of a tile at which the running sum of ``w`` passes ``wanted``; the last with a weight if none does."""
-    last = largest(tl.where(w > 0.0, ids, -1))  # first, so that p needs no registers during the sum
-    last = tl.where(last < 0, largest(tl.where(p > 0.0, ids, tile * TILE)), last)
+    last = largest(tl.where(w > 0.0, ids, -1))
+    last = tl.where(last < 0, otherwise, last)
     drawn = first_of((w > 0.0) & (before + tl.cumsum(w, axis=0) > wanted), ids)
     return tl.where(drawn == NOWHERE, last, drawn)
 
@@ -217,3 +217,34 @@ def logprob_of(logits, edits, sizes, row, law, z, token, BIASES: tl.constexpr):
     at = prob_of(logits, edits, sizes, row, law, z, token, BIASES)[1]
     at = tl.where(at == top, 0.0, (at.to(tl.float64) - top.to(tl.float64)) / temperature.to(tl.float64))
     return tl.where(only >= 0, 0.0, at - tl.log(z))
+
+
+@device_function
+def end_chain(
+    logits, params, edits, records, sizes, b, first, slot, k, ends, tau, scale, seed, pos, uniforms_ptr,
+    tokens, logprobs, flags, own, DRAW: tl.constexpr, WIDTH: tl.constexpr, BY_BLOCK: tl.constexpr,
+    FILTERED: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BIASES: tl.constexpr,
+):  # fmt: skip
+    """Of a chain with ``tau`` accepted drafts: tokens and their log-probabilities with that behind them, if one may
+    follow; how many; and flags. ``DRAW`` draws it, from what is left of ``scale`` p after a rejection; ``own`` and
+    ``WIDTH`` are for it."""
+    lane = tl.arange(0, BLOCK_K)
+    rejected = tau < k
+    if BY_BLOCK:
+        if rejected & (ends == 0):  # the row after the last draft was looked at
+            row = (first + k).to(tl.int64)
+            law = law_of_row(logits, params, edits, records, sizes, b * sizes[2] + k, row, slot, TILES, FILTERED)
+            flags |= law[3]
+    emitted = tau
+    if rejected | (ends == 0):
+        unit, row = b * sizes[2] + tau, (first + tau).to(tl.int64)
+        law = law_of_row(logits, params, edits, records, sizes, unit, row, slot, TILES, FILTERED)
+        flags |= law[3]
+        u = final_uniform(uniforms_ptr, row, seed, pos + tau)
+        token, logprob = DRAW(
+            logits, edits, own, sizes, unit, row, slot, law, scale, rejected, u, WIDTH, TILES, BIASES
+        )  # fmt: skip
+        tokens = tl.where(lane == tau, token, tokens)
+        logprobs = tl.where(lane == tau, logprob.to(tl.float32), logprobs)
+        emitted = tau + 1
+    return tokens, logprobs, emitted, flags

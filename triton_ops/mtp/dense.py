@@ -28,7 +28,7 @@ from .chains import (
     STORED,
     accept_uniform,
     chain_of,
-    final_uniform,
+    end_chain,
     flag_of_draft,
     law_of_row,
     logprob_of,
@@ -202,7 +202,7 @@ def _excess_kernel(
             mass = total(tl.where(tl.arange(0, TILES) == tile, masses_of_row(law, z, TILES), 0.0))
             left = tl.full((), 0.0, tl.float64)
             if scale * mass > 0.0:
-                ids, p = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
+                ids, p, _ = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
                 draft_law = _draft_law(draft, unit, slot, DRAFT_TILES)
                 left = total(_left(draft, draft_law, row, ids, p, scale, logits[2]))
             tl.store(excess_ptr + unit.to(tl.int64) * sizes[3] + tile, left)
@@ -219,23 +219,24 @@ def _masses_left(excess_ptr, unit, tiles, TILES: tl.constexpr):
 
 @device_function
 def _final_draw(
-    logits, edits, draft, sizes, unit, row, law, draft_law, scale, rejected, u, excess_ptr,
-    TILES: tl.constexpr, BIASES: tl.constexpr,
+    logits, edits, drafter, sizes, unit, row, slot, law, scale, rejected, u,
+    DRAFT_TILES: tl.constexpr, TILES: tl.constexpr, BIASES: tl.constexpr,
 ):  # fmt: skip
     """A token from max(scale p - q, 0) after a rejection, else, or where nothing is left, from p; and log p of it."""
     z = total_of(law)
     mass = masses_of_row(law, z, TILES)
     taken = rejected
     if rejected:
-        left = _masses_left(excess_ptr, unit, sizes[3], TILES)
+        left = _masses_left(drafter[1], unit, sizes[3], TILES)
         taken = total(left) > 0.0
         mass = tl.where(taken, left, mass)
     tile, before, wanted = pick_tile(mass, u, TILES)
-    ids, p = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
+    ids, p, otherwise = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
     w = p
     if taken:
-        w = _left(draft, draft_law, row, ids, p, scale, logits[2])
-    drawn = pick_token(w, p, ids, tile, before, wanted)
+        draft_law = _draft_law(drafter[0], unit, slot, DRAFT_TILES)
+        w = _left(drafter[0], draft_law, row, ids, p, scale, logits[2])
+    drawn = pick_token(w, ids, otherwise, before, wanted)
     return drawn, logprob_of(logits, edits, sizes, row, law, z, drawn, BIASES)
 
 
@@ -271,25 +272,11 @@ def _finish_kernel(
                 u = accept_uniform(uniforms_ptr, (first + i - 1).to(tl.int64), seed, pos + i - 1, pos - pos)
                 tau = tl.where(u < h, i, tau)
                 i += 1
-        rejected = tau < k
-        emitted = tau
-        if BY_BLOCK:
-            if rejected & (ends == 0):  # the row after the last draft was looked at
-                row = (first + k).to(tl.int64)
-                law = law_of_row(logits, params, edits, records, sizes, b * width + k, row, slot, TILES, FILTERED)
-                flags |= law[3]
-        if rejected | (ends == 0):
-            unit, row = b * width + tau, (first + tau).to(tl.int64)
-            law = law_of_row(logits, params, edits, records, sizes, unit, row, slot, TILES, FILTERED)
-            flags |= law[3]
-            token, logprob = _final_draw(
-                logits, edits, draft, sizes, unit, row, law, _draft_law(draft, unit, slot, DRAFT_TILES),
-                total(tl.where(lane == tau, scales, 0.0)), rejected, final_uniform(uniforms_ptr, row, seed, pos + tau),
-                excess_ptr, TILES, BIASES,
-            )  # fmt: skip
-            tokens = tl.where(lane == tau, token, tokens)
-            logprobs = tl.where(lane == tau, logprob.to(tl.float32), logprobs)
-            emitted = tau + 1
+        tokens, logprobs, emitted, flags = end_chain(
+            logits, params, edits, records, sizes, b, first, slot, k, ends, tau,
+            total(tl.where(lane == tau, scales, 0.0)), seed, pos, uniforms_ptr, tokens, logprobs, flags,
+            (draft, excess_ptr), _final_draw, DRAFT_TILES, BY_BLOCK, FILTERED, TILES, BLOCK_K, BIASES,
+        )  # fmt: skip
     store_request(
         tokens_ptr, num_ptr, last_ptr, logprobs_ptr, flags_ptr, b, width, tokens, logprobs, emitted, first, flags,
         BLOCK_K,

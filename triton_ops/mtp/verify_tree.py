@@ -234,7 +234,7 @@ def _sibling_kernel(
                     else:
                         rest = outside
                         if p_draft > 0.0:
-                            ids, p_of = tile_law(logits, edits, sizes, row, law, z, token // TILE, BIASES)
+                            ids, p_of, _ = tile_law(logits, edits, sizes, row, law, z, token // TILE, BIASES)
                             p_of = _without_children(tree, node, through, ids, p_of, NODES)
                             rest = tl.where(tile_lane == token // TILE, total(p_of) * share, outside)
                     remaining = total(rest)
@@ -253,13 +253,13 @@ def _sibling_kernel(
                 mass += by_tile(support, p, TILES, BLOCK_M)
             u = final_uniform(uniforms_ptr, row, seed, pos)
             tile, passed, wanted = pick_tile(mass, u, TILES)
-            ids, p_of = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
+            ids, p_of, otherwise = tile_law(logits, edits, sizes, row, law, z, tile, BIASES)
             w = p_of * share
             if laws is not None:
                 w = _support_of(support, p, ids, w, tile * TILE, laws[4], BLOCK_M)
             else:
                 w = _without_children(tree, node, through, ids, w, NODES)
-            token = pick_token(w, p_of, ids, tile, passed, wanted)
+            token = pick_token(w, ids, otherwise, passed, wanted)
             logprob = logprob_of(logits, edits, sizes, row, law, z, token, BIASES)
         _put(stored, b, max_depth + 1, depth, token, tree[2] + node, logprob)
         follows = (accepted != 0) & (ends_sequence(token, eos_ptr, eos_count) == 0)
