@@ -30,8 +30,8 @@ USAGE = re.compile(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)")
 # What may lie in local memory, in bytes, although registers are not out: ptxas gives up some to have one block more on
 # a multiprocessor.
 TRADED = 32
-# What spills, in bytes, by architecture and the beginning of a case's name: no more, and nothing else. Neither more nor
-# fewer warps help these.
+# What spills, in bytes, by architecture and the beginning of a case's name: no more, and nothing else. Half or twice
+# the warps do not help the scan's.
 SPILLS = {
     (90, "mamba.ssd_scan_bwd:scan-bwd-head_grads-strided"): 8,
     (90, "mamba.ssd_scan_bwd:scan-bwd-group_grads-strided-fp32"): 16,
@@ -39,7 +39,7 @@ SPILLS = {
     (100, "nvfp4.gemm:grouped-"): 32,  # with fewer warps the dense product spills
     (120, "mamba.ssd_scan_bwd:scan-bwd-head_grads-"): 64,
     (120, "mamba.ssd_scan_bwd:scan-bwd-group_grads-"): 56,
-    (120, "nvfp4.linear:linear-fp16-"): 56,  # with bfloat16 the same tiles fit
+    (120, "nvfp4.linear:linear-fp16-"): 56,  # with bfloat16 they fit; more warps would help, at the cost of bfloat16
 }
 
 

@@ -8,12 +8,12 @@ namespace n3::mtp {
 // Rows of logits, the parameters of the slots, and what is edited in single rows.
 struct RowInputs {
   const void* logits;
-  int64_t stride;                     // of a row, in elements
-  int32_t type, vocab, rows, slots;   // 0 to 2: float, half, bfloat16
-  const int32_t* slot;                // by row or request
-  const int64_t* seed;                // by slot, as those behind
+  int64_t stride;                    // of a row, in elements
+  int32_t type, vocab, rows, slots;  // 0 to 2: float, half, bfloat16
+  const int32_t* slot;               // by row or request
+  const int64_t* seed;               // by slot, as those behind
   const float *temperature, *top_p, *min_p;
-  const int32_t *top_k;
+  const int32_t* top_k;
   const int32_t *bitmask, *bitmask_row, *forced, *bias_ids, *bias_cu;
   const float* bias_val;
   int32_t mask_rows, biases;
