@@ -1,7 +1,6 @@
-#include "linear.h"
+#include "linear_call.h"
 
 #include <algorithm>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -113,27 +112,13 @@ void run_bfloat16(const linear::Params& p) {
 
 Tensor nvfp4_linear(const Tensor& x, const Tensor& q, const Tensor& block_scale, const Tensor& global_scale,
                     const std::optional<Tensor>& bias, const std::optional<std::string>& activation) {
-  linear::Params p = linear::check(x, q, block_scale, global_scale, bias, activation);
-  const Tensor xc = torch::stable::contiguous(x), qc = torch::stable::contiguous(q),
-               sc = torch::stable::contiguous(block_scale);
-  std::optional<Tensor> bc;
-  if (bias) bc = torch::stable::contiguous(*bias);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = p.n;
-  const Tensor y = torch::stable::new_empty(x, shape);
-  if (p.m == 0 || p.n == 0) return y;
-  p.x = xc.const_data_ptr();
-  p.q = static_cast<const uint8_t*>(qc.const_data_ptr());
-  p.block_scale = static_cast<const uint8_t*>(sc.const_data_ptr());
-  p.global_scale = static_cast<const float*>(global_scale.const_data_ptr());
-  p.bias = bc ? bc->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  switch (x.scalar_type()) {  // check() let nothing else through
-    case ScalarType::Float: run<float>(p); break;
-    case ScalarType::Half: run<n3::Half>(p); break;
-    default: run_bfloat16(p);
-  }
-  return y;
+  return linear::fill(linear::op, x, q, block_scale, global_scale, bias, activation, [&](const linear::Params& p) {
+    switch (x.scalar_type()) {  // check() let nothing else through
+      case ScalarType::Float: return run<float>(p);
+      case ScalarType::Half: return run<n3::Half>(p);
+      default: return run_bfloat16(p);
+    }
+  });
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 #include "../common/cpu.h"
 #include "../common/element.h"
 #include "../common/numerics.h"
-#include "linear.h"
+#include "linear_call.h"
 #include "linear_engine.h"
 #define N3_LANES 4
 #include "linear_fp8_lanes.h"
@@ -218,28 +218,14 @@ void multiply(const Params& p, Element element) {
 
 Tensor nvfp4_linear_fp8(const Tensor& x, const Tensor& q, const Tensor& block_scale, const Tensor& global_scale,
                         const std::optional<Tensor>& bias, const std::optional<std::string>& activation) {
-  Params p = check(x, q, block_scale, global_scale, bias, activation, fp8_op);
-  const Tensor xc = torch::stable::contiguous(x), qc = torch::stable::contiguous(q),
-               sc = torch::stable::contiguous(block_scale);
-  std::optional<Tensor> bc;
-  if (bias) bc = torch::stable::contiguous(*bias);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = p.n;
-  const Tensor y = torch::stable::new_empty(x, shape);
-  if (p.m == 0 || p.n == 0) return y;
-  p.x = xc.const_data_ptr();
-  p.q = static_cast<const uint8_t*>(qc.const_data_ptr());
-  p.block_scale = static_cast<const uint8_t*>(sc.const_data_ptr());
-  p.global_scale = static_cast<const float*>(global_scale.const_data_ptr());
-  p.bias = bc ? bc->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  const Element element = element_of(x.scalar_type());
-  switch (element) {
-    case kFloat: multiply<float>(p, element); break;
-    case kHalf: multiply<Half>(p, element); break;
-    case kBFloat16: multiply<BFloat16>(p, element);
-  }
-  return y;
+  return fill(fp8_op, x, q, block_scale, global_scale, bias, activation, [&](const Params& p) {
+    const Element element = element_of(x.scalar_type());
+    switch (element) {
+      case kFloat: return multiply<float>(p, element);
+      case kHalf: return multiply<Half>(p, element);
+      case kBFloat16: return multiply<BFloat16>(p, element);
+    }
+  });
 }
 
 }  // namespace
